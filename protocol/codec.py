@@ -1,0 +1,113 @@
+"""MessagePack bytes to messages and back. The only way in for a peer's bytes.
+
+A frame is one map: {"k": kind, "i": correlation id, "t": message tag, "b": body, "d": deadline}. Kinds:
+"req" asks, "part" is one piece of a streamed reply, "end" the final reply, "err" a failed final reply,
+"cancel" takes a request back. Decoding never trusts: size, depth, types and tag are checked, and whatever
+is wrong raises PeerProtocolError and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeGuard
+
+import msgpack
+from pydantic import TypeAdapter, ValidationError
+
+from protocol import messages
+from protocol.errors import PeerProtocolError
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+Kind = Literal["req", "part", "end", "err", "cancel"]
+_KINDS = frozenset(("req", "part", "end", "err", "cancel"))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    kind: Kind
+    correlation: int
+    body: Any = None  # a message, for req, part and end; the wire form of an error for err; None for cancel
+    deadline_ms: int = 0  # how long the sender of a "req" will wait
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of a frame. Raises PeerProtocolError: larger than MAX_FRAME_BYTES."""
+    packed: dict[str, Any] = {"k": frame.kind, "i": frame.correlation}
+    if frame.kind == "err":
+        packed["b"] = frame.body
+    elif frame.body is not None:
+        packed["t"] = messages.tag_of(type(frame.body))
+        packed["b"] = _plain(frame.body)
+    if frame.deadline_ms:
+        packed["d"] = frame.deadline_ms
+    # surrogatepass on both sides: a lone surrogate in a client's JSON is ugly, not a reason to lose the turn.
+    data = msgpack.packb(packed, use_bin_type=True, unicode_errors="surrogatepass")
+    if len(data) > MAX_FRAME_BYTES:
+        raise PeerProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return bytes(data)
+
+
+def decode(data: bytes) -> Frame:
+    """The frame in `data`. Raises PeerProtocolError for anything that is not one."""
+    if len(data) > MAX_FRAME_BYTES:
+        raise PeerProtocolError(f"frame of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    try:
+        raw = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True, unicode_errors="surrogatepass")
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise PeerProtocolError(f"not MessagePack: {type(error).__name__}") from error
+    if not isinstance(raw, dict):
+        raise PeerProtocolError("a frame is a map")
+    kind, correlation, deadline = raw.get("k"), raw.get("i"), raw.get("d", 0)
+    if kind not in _KINDS or not _is_count(correlation) or not _is_count(deadline):
+        raise PeerProtocolError("a frame has a kind, a correlation id and a deadline")
+    if kind == "cancel":
+        return Frame("cancel", correlation)
+    body = raw.get("b")
+    if kind == "err":
+        if not isinstance(body, dict) or not isinstance(body.get("code"), str):
+            raise PeerProtocolError("an error has a code")
+        return Frame("err", correlation, body)
+    return Frame(kind, correlation, _decode_message(raw.get("t"), body), deadline)
+
+
+def correlation_of(data: bytes) -> int | None:
+    """The correlation id of a frame that did not decode, where it is legible, so that its sender gets an answer."""
+    try:
+        raw = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True, unicode_errors="replace")
+    except Exception:  # whatever is wrong with it was reported by decode already
+        return None
+    value = raw.get("i") if isinstance(raw, dict) else None
+    return value if _is_count(value) else None
+
+
+def _decode_message(tag: Any, body: Any) -> Any:
+    cls = messages.REGISTRY.get(tag) if isinstance(tag, str) else None
+    if cls is None:
+        raise PeerProtocolError(f"unknown message {tag!r}"[:200])
+    if not isinstance(body, dict):
+        raise PeerProtocolError(f"the body of {tag} is a map")
+    try:
+        return _adapter(cls).validate_python(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PeerProtocolError(f"{tag}.{where}: {first['msg']}") from error
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,467 @@
+"""Every message that crosses a socket, as a frozen type.
+
+MessagePack carries a map per message (see codec.py); fields added later get defaults and never change
+meaning, and a field that a receiver does not know is ignored, so neighbouring versions understand each other.
+KV bytes are never in a message: they lie in the arena, and messages carry slots.
+
+    gateway   -> inference  GetModel, RunTurn
+    gateway   -> kvdaemon   QueueOrder, GetStatus
+    inference -> kvdaemon   OpenStore, GetManifest, Acquire, Release, Reserve, Unreserve, Commit, SaveManifest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, dataclass_transform
+
+from protocol.fields import Bool, Bytes, Count, Float, Id, Int, Str, Tokens
+
+T = TypeVar("T")
+REGISTRY: dict[str, type] = {}
+
+
+@dataclass_transform(frozen_default=True)
+def message(tag: str) -> Callable[[type[T]], type[T]]:
+    """Make a frozen dataclass of the class and register it under `tag`, its name on the wire."""
+
+    def register(cls: type[T]) -> type[T]:
+        if tag in REGISTRY:
+            raise ValueError(f"two messages are tagged {tag!r}")
+        frozen = dataclass(frozen=True, slots=True)(cls)
+        REGISTRY[tag] = frozen
+        return frozen
+
+    return register
+
+
+def tag_of(cls: type) -> str:
+    """The wire name of a message type. Raises KeyError: not a message."""
+    return _TAGS[cls]
+
+
+# -- any peer ---------------------------------------------------------------------------------------------
+
+
+@message("hello")
+class Hello:
+    """First request on every connection: who speaks. Answered by Welcome, or refused for the version."""
+
+    protocol_version: Int
+    role: Str  # "gateway" | "inference" | "cli"
+    client_id: Id  # random per process start
+    heartbeat_s: Float = 1.0  # the sender promises traffic at least this often
+
+
+@message("welcome")
+class Welcome:
+    protocol_version: Int
+    service: Str
+    epoch: Id  # random per start of the serving process: a new epoch means it forgot what we told it
+
+
+@message("ping")
+class Ping:
+    """Keeps the server's picture of its peer alive."""
+
+
+@message("ack")
+class Ack:
+    """Done, nothing to tell."""
+
+
+# -- gateway to inference ---------------------------------------------------------------------------------
+
+
+@message("get_model")
+class GetModel:
+    """Ask what is served."""
+
+
+@message("model_info")
+class ModelInfo:
+    model: Str  # the name in the API
+    namespace: Id  # ids.model_namespace
+    template_digest: Id
+    max_context: Count  # tokens
+    max_running: Count  # turns that may be dispatched at once
+    reuse: Bool = True  # False: --no-reuse, history is always recomputed
+    device: Str = "cpu"
+    dtype: Str = "float32"
+
+
+@message("chat_message")
+class ChatMessage:
+    """One message of a conversation, as the chat template sees it."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Str
+    name: Str = ""
+    tool_call_id: Str = ""
+    tool_calls: Str = ""  # canonical JSON of OpenAI's list, or empty
+
+
+@message("sampling")
+class Sampling:
+    max_tokens: Count = 0  # 0: up to the end of the context
+    temperature: Float = 1.0  # 0: greedy
+    top_p: Float = 1.0
+    stop: tuple[Str, ...] = ()
+    seed: Int | None = None
+
+
+@message("run_turn")
+class RunTurn:
+    """Run one turn. Streams TurnStarted, then TurnDelta; the final reply is TurnDone.
+
+    The context begins at `parent_turn_key` where the journal knows one; `parent_tokens` is what that turn
+    left behind (prompt + generated - 1), so that a lost manifest is still counted as a miss of so many tokens.
+    """
+
+    job_id: Id
+    messages: tuple[ChatMessage, ...]
+    request_key: Id  # turn key after `messages`; the answer's own key is chained on it
+    tenant_salt: Bytes
+    sampling: Sampling
+    parent_turn_key: Id | None = None
+    parent_tokens: Count = 0
+    # The answer so far, where an earlier attempt died after streaming part of it: the turn continues from there.
+    resume_tokens: Tokens = b""
+    return_prompt_tokens: Bool = False
+
+
+@message("turn_usage")
+class TurnUsage:
+    """Where each prompt token came from, in tokens: hbm + dram + ssd + computed + sum(missed) = prompt_tokens.
+
+    computed: new in this turn. missed: computed too, though an earlier turn had computed them already, by
+    reason: "evicted", "manifest_lost", "daemon_unavailable", "corrupt", "revoked", "load_failed",
+    "text_changed", "reuse_off".
+    """
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    hbm: Count = 0
+    dram: Count = 0
+    ssd: Count = 0
+    computed: Count = 0
+    missed: dict[Str, Count] = field(default_factory=dict)
+
+
+@message("turn_started")
+class TurnStarted:
+    """The turn was admitted: the request is valid and its prompt is planned."""
+
+    prompt_tokens: Count
+
+
+@message("turn_delta")
+class TurnDelta:
+    """A piece of the answer: text that is final, and the tokens sampled since the last delta."""
+
+    text: Str
+    tokens: Tokens
+
+
+@message("turn_done")
+class TurnDone:
+    finish_reason: Literal["stop", "length"]
+    turn_key: Id
+    text: Str  # the whole answer; equals the deltas put together
+    tokens: Tokens  # all sampled ids, the end token included
+    usage: TurnUsage
+    prompt_tokens: Tokens = b""  # only where asked for
+    prefill_s: Float = 0.0  # admission to first token, the paper's TTFT
+    decode_s: Float = 0.0
+    load_s: Float = 0.0  # busy time of the loader for this turn
+
+
+# -- inference to kvdaemon --------------------------------------------------------------------------------
+
+
+@message("geometry")
+class GeometryFields:
+    """The shape of a chunk in bytes; see arena.Geometry."""
+
+    layers: Count
+    key_bytes: Count  # per token and layer
+    value_bytes: Count
+    chunk_tokens: Count
+
+
+@message("open_store")
+class OpenStore:
+    """Bind this connection to an arena of this geometry. Formats the arena where nobody else uses it.
+
+    Refused with CapacityError while a client of another geometry lives, or where the tmpfs is too small.
+    """
+
+    geometry: GeometryFields
+    model_namespace: Id
+
+
+@message("store_opened")
+class StoreOpened:
+    arena_path: Str
+    arena_id: Id  # changes when the arena is formatted anew; slots of another arena_id mean nothing
+    slots: Count
+    lease_ms: Count  # longest lease the daemon grants
+
+
+@message("manifest")
+class Manifest:
+    """The context saved under a turn key.
+
+    token_ids holds the whole context including the last sampled token, whose KV was never computed;
+    kv_tokens of them have KV, in chunk_ids. text is the rendered prompt and the answer, as the client saw it.
+    """
+
+    turn_key: Id
+    namespace: Id  # ids.tenant_namespace
+    token_ids: Tokens
+    text: Str
+    chunk_ids: tuple[Id, ...]  # oldest first; the last one may be partial
+    kv_tokens: Count
+    dropped: tuple[tuple[Count, Count], ...] = ()  # token ranges lost to context overflow, section 3.4
+
+
+@message("get_manifest")
+class GetManifest:
+    turn_key: Id
+
+
+@message("manifest_reply")
+class ManifestReply:
+    manifest: Manifest | None  # None: a miss, never an error
+    reason: Str = ""  # for a miss: "manifest_lost" or "corrupt"
+
+
+@message("acquire")
+class Acquire:
+    """Keep the longest available prefix of these chunks readable until released.
+
+    chunk_ids are the full chunks of the prompt, oldest first. Where a saved context ends in a partial chunk,
+    `partial_id` may stand in for chunk_ids[partial_index] when the full one is missing. Chunks that are only
+    on SSD get a slot at once and arrive there layer by layer.
+    """
+
+    job_id: Id
+    namespace: Id
+    chunk_ids: tuple[Id, ...]
+    partial_id: Id | None = None
+    partial_index: Count = 0
+    lease_ms: Count = 30_000
+
+
+@message("slot_ref")
+class SlotRef:
+    slot: Count
+    generation: Count
+    chunk_id: Id
+    tokens: Count
+    tier: Literal["dram", "ssd"]  # where the chunk was when asked for
+    verify: Bool = False  # check the layer checksums of this one while loading
+
+
+@message("acquired")
+class Acquired:
+    """The lease, and the chunks of the longest available prefix. Watch ready_layers in the slot table.
+
+    miss_reason says why the prefix ends before the list does: "", "evicted", "unknown", "corrupt" or
+    "no_capacity" (on SSD, but no slot could be freed).
+    """
+
+    lease_id: Id
+    chunks: tuple[SlotRef, ...]
+    miss_reason: Str = ""
+
+
+@message("release")
+class Release:
+    lease_id: Id
+
+
+@message("reserve")
+class Reserve:
+    """Ask for empty slots to save into. Never waits: fewer slots than asked for is an answer."""
+
+    count: Count
+
+
+@message("reserved_slot")
+class ReservedSlot:
+    slot: Count
+    generation: Count
+
+
+@message("reserved")
+class Reserved:
+    slots: tuple[ReservedSlot, ...]
+
+
+@message("unreserve")
+class Unreserve:
+    slots: tuple[ReservedSlot, ...]
+
+
+@message("committed_chunk")
+class CommittedChunk:
+    """A reserved slot that now holds a whole chunk: every layer written, checksums and token count in the table."""
+
+    slot: Count
+    generation: Count
+    chunk_id: Id
+    parent_id: Id
+    namespace: Id
+    tokens: Count
+
+
+@message("commit")
+class Commit:
+    chunks: tuple[CommittedChunk, ...]
+
+
+@message("committed")
+class Committed:
+    """Per chunk of the Commit: True, it is in the store (also when it was there before); False, refused."""
+
+    accepted: tuple[Bool, ...]
+
+
+@message("save_manifest")
+class SaveManifest:
+    manifest: Manifest
+
+
+# -- to kvdaemon, from the gateway and the command line ---------------------------------------------------------
+
+
+@message("queue_order")
+class QueueOrder:
+    """A hint: these conversations will be needed, in this order. Replaces the order told before."""
+
+    turn_keys: tuple[Id, ...]  # parent turn keys of the waiting jobs, head first
+
+
+@message("get_status")
+class GetStatus:
+    """Ask for the store's state."""
+
+
+@message("tier_status")
+class TierStatus:
+    capacity_bytes: Count
+    used_bytes: Count
+    chunks: Count
+
+
+@message("store_status")
+class StoreStatus:
+    state: Literal["ok", "degraded"]
+    reason: Str
+    dram: TierStatus
+    ssd: TierStatus
+    leases: Count
+    reserved_slots: Count
+    manifests: Count
+
+
+# -- kvdaemon's front to its SSD worker ---------------------------------------------------------------------
+
+
+@message("attach_arena")
+class AttachArena:
+    """Map the arena at `path`; forget any other."""
+
+    path: Str
+    arena_id: Id
+
+
+@message("ssd_write")
+class SsdWrite:
+    """Write the chunk in `slot` to RocksDB as one atomic batch. Refused where the generation moved on."""
+
+    slot: Count
+    generation: Count
+
+
+@message("ssd_read_chunk")
+class SsdReadChunk:
+    chunk_id: Id
+    slot: Count
+    generation: Count
+
+
+@message("ssd_read")
+class SsdRead:
+    """Bring chunks from RocksDB into slots, layer by layer over all of them; every layer is verified first."""
+
+    chunks: tuple[SsdReadChunk, ...]
+
+
+@message("ssd_read_done")
+class SsdReadDone:
+    """Per chunk: "ok", "missing" or "corrupt". A chunk that is not ok is quarantined and its slot is not ready."""
+
+    outcomes: tuple[Str, ...]
+
+
+@message("ssd_written")
+class SsdWritten:
+    bytes: Count
+    outcome: Literal["ok", "stale"]
+
+
+@message("ssd_delete")
+class SsdDelete:
+    chunk_ids: tuple[Id, ...]
+
+
+@message("ssd_record")
+class SsdRecord:
+    """What the SSD tier knows of one chunk."""
+
+    chunk_id: Id
+    parent_id: Id
+    namespace: Id
+    tokens: Count
+    bytes: Count
+
+
+@message("ssd_list")
+class SsdList:
+    """List chunk records, a page at a time, in key order after `after`."""
+
+    after: Bytes = b""
+    limit: Count = 4096
+
+
+@message("ssd_page")
+class SsdPage:
+    records: tuple[SsdRecord, ...]
+    more: Bool
+
+
+@message("ssd_put_manifest")
+class SsdPutManifest:
+    manifest: Manifest
+
+
+@message("ssd_get_manifest")
+class SsdGetManifest:
+    turn_key: Id
+
+
+@message("ssd_status_request")
+class SsdStatusRequest:
+    """Ask the worker for its physical size."""
+
+
+@message("ssd_status")
+class SsdStatus:
+    physical_bytes: Count
+    manifests: Count
+    error: Str = ""
+
+
+_TAGS = {cls: tag for tag, cls in REGISTRY.items()}
