@@ -149,8 +149,8 @@ class Arena:
     def create(cls, path: Path, geometry: Geometry, capacity_bytes: int) -> Arena:
         """Make the arena file anew and take all of its memory, so that a full tmpfs is an error now, no SIGBUS later.
 
-        The new file replaces an old one by rename; processes that still map the old one keep their (orphaned) copy.
-        Raises CapacityError: not one slot fits into capacity_bytes, or the tmpfs has no room.
+        An old file goes first, for there may be no room for two; processes that still map it keep their (orphaned)
+        copy. Raises CapacityError: not one slot fits into capacity_bytes, or the tmpfs has no room.
         """
         per_slot = geometry.slot_bytes + geometry.entry_bytes
         slots = max(0, capacity_bytes - 2 * PAGE_BYTES) // per_slot
@@ -160,7 +160,9 @@ class Arena:
             )
         size = _data_offset(geometry, slots) + slots * geometry.slot_bytes
         arena_id = new_id()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        path.unlink(missing_ok=True)
+        # Always the same name: what a process killed on the way left behind is taken over, not added to.
+        temporary = path.with_name(f".{path.name}.new")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)
@@ -168,7 +170,6 @@ class Arena:
                 MAGIC, LAYOUT_VERSION, 0, *astuple(geometry), slots, size, 0, geometry.digest(), arena_id
             )
             os.pwrite(fd, header, 0)
-            path.unlink(missing_ok=True)
             os.rename(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -338,7 +339,11 @@ def _parse_header(raw: bytes, path: Path) -> tuple[Geometry, int, int, bytes]:
     if version != LAYOUT_VERSION:
         raise PeerProtocolError(f"{path} has layout version {version}, this program reads {LAYOUT_VERSION}")
     geometry = Geometry(layers, key, value, chunk_tokens)
-    if geometry.digest() != geometry_digest or size != _data_offset(geometry, slots) + slots * geometry.slot_bytes:
+    if (
+        slots < 1
+        or geometry.digest() != geometry_digest
+        or size != _data_offset(geometry, slots) + slots * geometry.slot_bytes
+    ):
         raise PeerProtocolError(f"{path} has a damaged header")
     return geometry, slots, size, arena_id
 
@@ -391,14 +396,34 @@ def _client_path(directory: Path, client_id: bytes) -> Path:
 
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold `path` locked for this process. Raises ConfigError: another process holds it; names `what`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Hold `path` locked for this process, and leave no file behind.
+
+    Raises ConfigError: another process holds it (names `what`), or the directory cannot be written.
+    """
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another {what} is using {path.parent}", param="data_dir") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _lock_file(path)
+    except BlockingIOError as error:
+        raise ConfigError(f"another {what} is using {path.parent}", param="data_dir") from error
+    except OSError as error:
+        raise ConfigError(f"cannot lock {path}: {error.strerror}", param="data_dir") from error
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock_file(path: Path) -> int:
+    """An open, locked file that is the one at `path`. Raises BlockingIOError: locked by another process."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder unlinks the file before it lets go: between our open and our lock it may have.
+            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)

@@ -73,15 +73,13 @@ def decode(data: bytes) -> Frame:
     if not isinstance(raw, dict):
         raise PeerProtocolError("a frame is a map")
     kind, correlation, deadline = raw.get("k"), raw.get("i"), raw.get("d", 0)
-    if kind not in _KINDS or not _is_count(correlation) or not _is_count(deadline):
+    if not _is_kind(kind) or not _is_count(correlation) or not _is_count(deadline):
         raise PeerProtocolError("a frame has a kind, a correlation id and a deadline")
     if kind == "cancel":
         return Frame("cancel", correlation)
     body = raw.get("b")
     if kind == "err":
-        if not isinstance(body, dict) or not isinstance(body.get("code"), str):
-            raise PeerProtocolError("an error has a code")
-        return Frame("err", correlation, body)
+        return Frame("err", correlation, _decode_error(body))
     return Frame(kind, correlation, _decode_message(raw.get("t"), body), deadline)
 
 
@@ -96,9 +94,11 @@ def correlation_of(data: bytes) -> int | None:
 
 
 def _decode_message(tag: Any, body: Any) -> Any:
-    cls = messages.REGISTRY.get(tag) if isinstance(tag, str) else None
+    if not isinstance(tag, str):
+        raise PeerProtocolError(f"a message tag is text, not {type(tag).__name__}")
+    cls = messages.REGISTRY.get(tag)
     if cls is None:
-        raise PeerProtocolError(f"unknown message {tag!r}"[:200])
+        raise PeerProtocolError(f"unknown message {tag[:100]!r}")
     if not isinstance(body, dict):
         raise PeerProtocolError(f"the body of {tag} is a map")
     try:
@@ -109,5 +109,19 @@ def _decode_message(tag: Any, body: Any) -> Any:
         raise PeerProtocolError(f"{tag}.{where}: {first['msg']}") from error
 
 
+def _decode_error(body: Any) -> dict[str, str | None]:
+    """The wire form of an error, see errors.to_wire."""
+    if not isinstance(body, dict):
+        raise PeerProtocolError("the body of an error is a map")
+    code, message, param = body.get("code"), body.get("message", ""), body.get("param")
+    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(param, str | None):
+        raise PeerProtocolError("an error has a code, a message and perhaps a param")
+    return {"code": code, "message": message, "param": param}
+
+
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_kind(value: Any) -> TypeGuard[Kind]:
+    return isinstance(value, str) and value in _KINDS  # a map would not even hash

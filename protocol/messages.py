@@ -6,7 +6,8 @@ KV bytes are never in a message: they lie in the arena, and messages carry slots
 
     gateway   -> inference  GetModel, RunTurn
     gateway   -> kvdaemon   QueueOrder, GetStatus
-    inference -> kvdaemon   OpenStore, GetManifest, Acquire, Release, Reserve, Unreserve, Commit, SaveManifest
+    inference -> kvdaemon   OpenStore, GetManifest, Acquire, Quarantine, Release, Reserve, Unreserve, Commit,
+                            SaveManifest
 """
 
 from __future__ import annotations
@@ -276,6 +277,15 @@ class Acquired:
     miss_reason: Str = ""
 
 
+@message("quarantine")
+class Quarantine:
+    """A leased chunk does not have the checksum that its writer noted: never hand it out again."""
+
+    slot: Count
+    generation: Count
+    chunk_id: Id
+
+
 @message("release")
 class Release:
     lease_id: Id
@@ -397,6 +407,7 @@ class SsdRead:
     """Bring chunks from RocksDB into slots, layer by layer over all of them; every layer is verified first."""
 
     chunks: tuple[SsdReadChunk, ...]
+    background: Bool = False  # a prefetch: gives way to reads that somebody waits for
 
 
 @message("ssd_read_done")
@@ -409,7 +420,7 @@ class SsdReadDone:
 @message("ssd_written")
 class SsdWritten:
     bytes: Count
-    outcome: Literal["ok", "stale"]
+    outcome: Literal["ok", "stale", "corrupt"]  # corrupt: the slot's bytes do not have its checksums
 
 
 @message("ssd_delete")
@@ -426,6 +437,7 @@ class SsdRecord:
     namespace: Id
     tokens: Count
     bytes: Count
+    written_s: Float = 0.0  # wall clock; orders chunks by age after a restart
 
 
 @message("ssd_list")
@@ -462,6 +474,8 @@ class SsdStatus:
     physical_bytes: Count
     manifests: Count
     error: Str = ""
+    moved_aside: Str = ""  # where a damaged database went when this worker started
+    corrupt_records: Count = 0  # found and deleted since this worker started, manifests included
 
 
 _TAGS = {cls: tag for tag, cls in REGISTRY.items()}

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import itertools
 import logging
+import socket as sockets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ _HEARTBEAT_MS = 1_000
 _DEAD_AFTER_MS = 4_000  # ZMTP heartbeats unanswered for this long end a connection
 _HIGH_WATER = 10_000  # messages queued to one peer; past it the peer counts as stuck
 _IPC_PATH_LIMIT = 107  # sun_path of a Unix socket
+_LONGEST_HEARTBEAT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,19 @@ def check_endpoint(endpoint: str, curve: Curve | None) -> None:
             raise ConfigError(f"socket path {path} is longer than {_IPC_PATH_LIMIT} bytes; choose a shorter --run-dir")
     elif endpoint.startswith("tcp://"):
         host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
-        if curve is None and host not in ("localhost", "::1") and not host.startswith("127."):
+        if curve is None and not _is_loopback(host):
             raise ConfigError(f"{endpoint} leaves this machine without CURVE keys; give --keys or use loopback")
     elif not endpoint.startswith("inproc://"):
         raise ConfigError(f"{endpoint} is neither ipc:// nor tcp://")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: it may resolve to anything
+        return False
 
 
 def _configure(socket: zmq.asyncio.Socket, curve: Curve | None, *, server: bool) -> None:
@@ -87,6 +99,23 @@ def _configure(socket: zmq.asyncio.Socket, curve: Curve | None, *, server: bool)
             socket.curve_server = True
         else:
             socket.curve_serverkey = curve.server_public
+
+
+def _is_served(path: str) -> bool:
+    """Whether somebody listens on a Unix socket. ZeroMQ would take the path over without a word."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:  # nobody, no socket at all, or one that is not ours to ask: bind will tell
+            return False
+    return True
+
+
+def _report_failure(task: asyncio.Task[None]) -> None:
+    """A loop of a client or server never ends by itself; where a bug ends one, it must not do so in silence."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("a transport loop died", exc_info=task.exception())
 
 
 # -- server -------------------------------------------------------------------------------------------------
@@ -123,7 +152,6 @@ class RpcStats:
     requests: int = 0
     rejected_frames: int = 0
     failures: int = 0
-    seconds: dict[str, tuple[int, float]] = field(default_factory=dict)  # tag -> (count, sum)
 
 
 class RpcServer:
@@ -133,7 +161,7 @@ class RpcServer:
     with `call.send`; it is cancelled when the client cancels, dies or falls silent, and an error that it raises
     becomes the failed final reply.
     on_peer_lost: called once for a client process that fell silent, not for one that only reconnected.
-    observe: called with (tag, seconds) after every request.
+    observe: called with (name of the request's type, seconds) after every request.
     """
 
     def __init__(
@@ -165,6 +193,8 @@ class RpcServer:
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError: the endpoint is taken or cannot be made."""
+        if self.endpoint.startswith("ipc://") and _is_served(self.endpoint.removeprefix("ipc://")):
+            raise ConfigError(f"cannot listen on {self.endpoint}: another process does")
         socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         _configure(socket, self._curve, server=True)
         socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -180,15 +210,15 @@ class RpcServer:
         self._spawn(self._reap_silent_peers())
 
     async def stop(self) -> None:
-        """Cancel what runs, each with its final reply, then close the socket."""
+        """Accept nothing more, cancel what runs, each with its final reply, then close the socket."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         calls = [task for peer in self._peers.values() for task in peer.calls.values()]
         for task in calls:
             task.cancel()
         if calls:
             await asyncio.wait(calls, timeout=2.0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._socket is not None:
             self._socket.close(linger=200)
             self._socket = None
@@ -198,7 +228,7 @@ class RpcServer:
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_report_failure)
 
     async def _receive(self) -> None:
         assert self._socket is not None
@@ -244,16 +274,24 @@ class RpcServer:
             raise PeerProtocolError(f"correlation id {frame.correlation} is in use")
         task = asyncio.ensure_future(self._handle(peer, frame, handler))
         peer.calls[frame.correlation] = task
-        task.add_done_callback(lambda _: peer.calls.pop(frame.correlation, None))
+        # Give it its first step before the next frame is read: a task cancelled before that would never run at
+        # all, and its request would get no final reply.
+        await asyncio.sleep(0)
 
     async def _hello(self, identity: bytes, correlation: int, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
             raise PeerProtocolError(
                 f"{self._service} speaks protocol version {PROTOCOL_VERSION}, the peer {hello.protocol_version}"
             )
-        if identity not in self._peers:
+        known = self._peers.get(identity)
+        if known is None:
+            sane = 0.0 < hello.heartbeat_s <= _LONGEST_HEARTBEAT_S  # neither for ever nor not a number
+            heartbeat_s = hello.heartbeat_s if sane else _LONGEST_HEARTBEAT_S
             now = time.monotonic()
-            self._peers[identity] = Peer(identity, hello.role, hello.client_id, hello.heartbeat_s, now)
+            self._peers[identity] = Peer(identity, hello.role, hello.client_id, heartbeat_s, now)
+        else:  # it lost touch with us, not we with it: it has given up what it had asked
+            for task in list(known.calls.values()):
+                task.cancel()
         for other in self.peers:
             if other.client_id == hello.client_id and other.identity != identity:
                 self._drop(other)  # the same process on its new connection: its old calls have no reader
@@ -269,28 +307,30 @@ class RpcServer:
         self.stats.requests += 1
         try:
             reply = await handler(Call(peer, deadline_s, send), frame.body)
-            final = Frame("end", frame.correlation, reply)
+            final = encode(Frame("end", frame.correlation, reply))
         except asyncio.CancelledError:
-            final = Frame("err", frame.correlation, to_wire(Cancelled("cancelled")))
+            final = encode(Frame("err", frame.correlation, to_wire(Cancelled("cancelled"))))
         except Exception as error:  # the edge: whatever failed becomes this request's final reply
             self.stats.failures += 1
             wire = to_wire(error)
             if wire["code"] == "internal_error":
                 log.exception("%s failed", type(frame.body).__name__)
-            final = Frame("err", frame.correlation, wire)
-        try:
-            await self._reply(peer.identity, final)
-        except PeerProtocolError as error:  # the reply is too large to send
-            await self._reply(peer.identity, Frame("err", frame.correlation, to_wire(error)))
+            final = encode(Frame("err", frame.correlation, wire))
+        # From here on nothing can cancel this request: what was decided is what is sent.
+        del peer.calls[frame.correlation]
+        await self._send(peer.identity, final)
         if self._observe is not None:
             self._observe(type(frame.body).__name__, time.monotonic() - started)
 
     async def _reply(self, identity: bytes, frame: Frame) -> None:
+        await self._send(identity, encode(frame))
+
+    async def _send(self, identity: bytes, data: bytes) -> None:
         if self._socket is None:
             return
         # A ROUTER drops what it cannot route; a peer that is gone is noticed by silence.
         with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart((identity, encode(frame)))
+            await self._socket.send_multipart((identity, data))
 
     async def _reap_silent_peers(self) -> None:
         while True:
@@ -305,7 +345,10 @@ class RpcServer:
         for task in list(peer.calls.values()):
             task.cancel()
         if self._on_peer_lost is not None and all(other.client_id != peer.client_id for other in self.peers):
-            self._on_peer_lost(peer)
+            try:
+                self._on_peer_lost(peer)
+            except Exception:  # the owner's bug; the other peers are still to be served
+                log.exception("on_peer_lost failed")
 
 
 # -- client -------------------------------------------------------------------------------------------------
@@ -376,6 +419,7 @@ class RpcClient:
         for coroutine in (self._receive(), self._watch(), self._session()):
             task = asyncio.ensure_future(coroutine)
             self._tasks.add(task)
+            task.add_done_callback(_report_failure)
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises PeerUnavailable: no hello answered in time; the text says what stood against it."""
@@ -392,10 +436,11 @@ class RpcClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all(PeerUnavailable(f"{self.endpoint}: closed"))
         self._ready.clear()
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close(linger=0)
-            self._socket = None
+            self._socket = self._monitor = None
 
     async def request(self, message: Any, expect: type[M], timeout_s: float) -> M:
         """One request, one reply of type `expect`.
@@ -494,7 +539,7 @@ class RpcClient:
                 if correlation in self._pending:
                     self._pending[correlation].replies.put_nowait(error)
                 continue
-            if frame.kind == "err" and frame.body.get("message") == "say hello first":
+            if frame.kind == "err" and frame.body["message"] == "say hello first":
                 # The server is a new process that never saw our hello.
                 self._lost("the server restarted")
             pending = self._pending.get(frame.correlation)
@@ -561,4 +606,4 @@ class RpcClient:
 
 def _error(frame: Frame) -> Exception:
     body: Mapping[str, Any] = frame.body
-    return from_wire(body["code"], str(body.get("message", "")), body.get("param"))
+    return from_wire(body["code"], body["message"], body["param"])
