@@ -1,0 +1,1 @@
+"""Attention of new tokens over working KV, one backend per kind of device."""

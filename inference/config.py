@@ -1,0 +1,43 @@
+"""The configuration of one inference process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protocol.errors import ConfigError
+from protocol.rpc import Curve
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Built once at start. Raises ConfigError on impossible values, naming the key."""
+
+    model: str  # "embedded", a directory, or a hub id
+    run_dir: Path
+    data_dir: Path
+    endpoint: str
+    kvdaemon_endpoint: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_context: int | None = None  # tokens; None: what the model was made for
+    chunk_tokens: int = 256
+    reuse: bool = True
+    retain_bytes: int = 512 * MIB  # working KV of finished turns kept on the device
+    max_running: int = 8
+    step_tokens: int = 512  # token budget of one step, DESIGN.md section 6
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9101
+    curve: Curve | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in (("chunk_tokens", 16), ("max_running", 1), ("step_tokens", 16), ("retain_bytes", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key} must be at least {least}, not {getattr(self, key)}", param=key)
+        if self.chunk_tokens > 4096:
+            raise ConfigError(f"chunk_tokens must be at most 4096, not {self.chunk_tokens}", param="chunk_tokens")
+        if self.max_context is not None and self.max_context < 16:
+            raise ConfigError(f"max_context must be at least 16, not {self.max_context}", param="max_context")

@@ -1,0 +1,87 @@
+"""Make the embedded model: a small Llama with random weights, a byte-level tokenizer and a chat template.
+
+It speaks nonsense, deterministically; everything around it is real.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VERSION = 1  # part of the directory's name: raise it whenever the result changes
+SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+# Content is never trimmed: the rendered answer must be the generated one, or its KV would be lost.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "<|{{ message['role'] }}|>{{ message['content'] or '' }}<|end|>"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens of the chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_random_model(directory: Path, config: LlamaConfig, seed: int) -> None:
+    """Write a random model of `config` with the byte tokenizer. Equal arguments give equal files.
+
+    Written beside and renamed, so that a directory that exists is whole.
+    """
+    tokenizer = byte_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(directory)
+    except OSError:  # another process made it meanwhile
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not directory.is_dir():
+            raise
+
+
+def embedded_model(models_dir: Path) -> Path:
+    """The embedded model's directory under `models_dir`, made at the first call."""
+    directory = models_dir / f"embedded-{VERSION}"
+    if not directory.is_dir():
+        models_dir.mkdir(parents=True, exist_ok=True)
+        config = LlamaConfig(
+            vocab_size=256 + len(SPECIAL_TOKENS),
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=4096,
+            # Large enough that attention is not flat and the answer depends on the whole history.
+            initializer_range=0.06,
+            bos_token_id=None,
+            eos_token_id=256,
+            pad_token_id=256,
+            tie_word_embeddings=False,
+        )
+        make_random_model(directory, config, seed=20240710)
+    return directory

@@ -1,0 +1,349 @@
+"""One turn in the inference process: plan its context, run it, save it. DESIGN.md section 3, steps 4 to 8."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from inference.context import History, Known, Wanted, account, account_chunks, known_history, wanted_chunks
+from inference.engine import Job
+from inference.preload import LoadFailed, LoadTask
+from inference.sampling import Sampler
+from inference.save import SaveTask
+from inference.store import UNAVAILABLE, Lease
+from inference.text import AnswerText, prompt_tokens, render
+from inference.working_kv import WorkingKv
+from monitoring.logs import get_logger
+from protocol import ids
+from protocol.errors import ContextLengthExceeded, InternalError
+from protocol.ids import TokenArray
+from protocol.messages import Acquire, Manifest, RunTurn, TurnDelta, TurnDone, TurnStarted, TurnUsage
+from protocol.rpc import Call
+
+if TYPE_CHECKING:
+    from inference.service import InferenceService
+
+log = get_logger(__name__)
+
+_LOAD_DEADLINE_S = 20.0
+_LEASE_MS = 30_000  # longer than a load may take
+# An answer's working KV begins with room for so many tokens and grows; reserving for the longest answer that a
+# client allows would waste most of it.
+_ANSWER_ROOM_TOKENS = 128
+
+
+class ManifestCache:
+    """Manifests of recent turns, so that a quick follow-up need not ask the daemon, nor have one."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._used_bytes = 0
+        self._held: OrderedDict[bytes, Manifest] = OrderedDict()
+
+    def get(self, turn_key: bytes) -> Manifest | None:
+        found = self._held.get(turn_key)
+        if found is not None:
+            self._held.move_to_end(turn_key)
+        return found
+
+    def put(self, manifest: Manifest) -> None:
+        old = self._held.pop(manifest.turn_key, None)
+        if old is not None:
+            self._used_bytes -= _size(old)
+        self._held[manifest.turn_key] = manifest
+        self._used_bytes += _size(manifest)
+        while self._used_bytes > self._capacity_bytes and len(self._held) > 1:
+            self._used_bytes -= _size(self._held.popitem(last=False)[1])
+
+
+def _size(manifest: Manifest) -> int:
+    return len(manifest.token_ids) + 4 * len(manifest.text) + 16 * len(manifest.chunk_ids) + 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A turn's prompt and what is known about its history."""
+
+    text: str
+    prompt: TokenArray
+    namespace: bytes
+    known: Known
+    wanted: Wanted
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Working KV with the history in it or on its way."""
+
+    kv: WorkingKv
+    history: History
+    lease: Lease | None
+    miss_reason: str
+
+
+class Turn:
+    """Runs one RunTurn request. Belongs to the event loop; the listener methods are called by the engine's thread."""
+
+    def __init__(self, service: InferenceService, call: Call, request: RunTurn) -> None:
+        self._service = service
+        self._call = call
+        self._request = request
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[TurnDelta | Exception | None] = asyncio.Queue()
+
+    # -- listener, on the engine's thread -----------------------------------------------------------------
+
+    def on_token(self, job: Job, token: int, text: str) -> None:
+        self._tell(TurnDelta(text, ids.pack_tokens([token])))
+
+    def on_done(self, job: Job) -> None:
+        self._tell(None)
+
+    def on_load_failed(self, job: Job, failure: LoadFailed) -> None:
+        self._tell(failure)
+
+    def on_failed(self, job: Job, error: Exception) -> None:
+        self._tell(InternalError(f"{type(error).__name__}: {error}"))
+
+    def _tell(self, event: TurnDelta | Exception | None) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    # -- the turn -----------------------------------------------------------------------------------------
+
+    async def run(self) -> TurnDone:
+        """Streams TurnStarted and TurnDelta to the caller and returns the final reply.
+
+        Raises InvalidRequest, ContextLengthExceeded: the prompt; InternalError: our bug.
+        """
+        admitted_s = time.monotonic()
+        plan = await self._plan()
+        await self._call.send(TurnStarted(len(plan.prompt)))
+        done = self._already_done(plan)
+        if done is not None:
+            return done
+        failure_reason = ""
+        # Once as planned, once more where chunks turned out bad on the way, and then without the store.
+        for use_store in (True, True, False):
+            begun = await self._begin(plan, use_store=use_store)
+            job = self._job(plan, begun, admitted_s)
+            try:
+                self._service.engine.submit(job)
+                failure = await self._follow(job)
+            except asyncio.CancelledError:
+                self._service.engine.cancel(job)
+                raise
+            if failure is None:
+                break
+            failure_reason = failure.reason
+            self._service.metrics.load_failures.labels(failure.reason).inc()
+            log.warning("history did not arrive", reason=failure.reason)
+            if failure.reason == "corrupt" and failure.ref is not None and self._service.store is not None:
+                await self._service.store.quarantine(failure.ref)
+        usage = account(
+            len(plan.prompt), len(job.sampled), begun.history, plan.known, failure_reason or begun.miss_reason
+        )
+        return self._finish(plan, job, usage)
+
+    async def _plan(self) -> Plan:
+        service, request = self._service, self._request
+        parent, lost_reason = await self._parent()
+        text = await asyncio.to_thread(render, service.model.tokenizer, request.messages)
+        prompt, continues = await asyncio.to_thread(prompt_tokens, service.model.tokenizer, text, parent)
+        limit = service.model.max_context
+        if len(prompt) >= limit:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt)} tokens; the context holds {limit}, at least one of them for the answer",
+                param="messages",
+            )
+        if len(prompt) == 0:
+            raise InternalError("the chat template rendered an empty prompt")
+        namespace = ids.tenant_namespace(service.model.namespace, request.tenant_salt)
+        known = known_history(prompt, parent, continues, request.parent_tokens, lost_reason)
+        wanted = wanted_chunks(namespace, prompt, parent, continues, service.config.chunk_tokens)
+        return Plan(text, prompt, namespace, known, wanted)
+
+    async def _parent(self) -> tuple[Manifest | None, str]:
+        service, key = self._service, self._request.parent_turn_key
+        if not service.config.reuse:
+            return None, "reuse_off"
+        if key is None:
+            return None, ""
+        manifest = service.manifests.get(key)
+        if manifest is not None:
+            return manifest, ""
+        if service.store is None:
+            return None, UNAVAILABLE
+        manifest, reason = await service.store.get_manifest(key)
+        if manifest is not None:
+            service.manifests.put(manifest)
+        return manifest, reason
+
+    async def _begin(self, plan: Plan, *, use_store: bool) -> Begun:
+        """Choose where the history comes from, the working KV or the store, whichever reaches further."""
+        service, prompt = self._service, plan.prompt
+        chunk_tokens = service.config.chunk_tokens
+        capacity = min(len(prompt) + len(self._request.resume_tokens) // 4 + self._answer_room(), self._limit())
+        if not service.config.reuse:
+            kv = WorkingKv(service.model.checked.shape, capacity)
+            kv.begin(0, 0, capacity)
+            return Begun(kv, History(), None, "reuse_off")
+        match = service.retained.match(plan.namespace, prompt)
+        lease, miss_reason = None, ""
+        enough = max(plan.known.tokens, 1)
+        if use_store and service.store is not None and (match is None or match.tokens < enough):
+            lease, miss_reason = await self._acquire(plan)
+            match = service.retained.match(plan.namespace, prompt)  # what was there may have been taken meanwhile
+        stored = account_chunks(lease.chunks, len(prompt)) if lease is not None else History()
+        if match is not None and match.tokens >= stored.tokens:
+            self._release(lease)
+            kv = service.retained.take(match, capacity)
+            return Begun(kv, History(match.tokens, hbm=match.tokens), None, miss_reason)
+        kv = WorkingKv(service.model.checked.shape, capacity)
+        kv.begin(stored.tokens, stored.tokens // chunk_tokens * chunk_tokens, capacity)
+        return Begun(kv, stored, lease, miss_reason)
+
+    async def _acquire(self, plan: Plan) -> tuple[Lease | None, str]:
+        store = self._service.store
+        assert store is not None
+        wanted = plan.wanted
+        if not wanted.chunk_ids and wanted.partial_id is None:
+            return None, ""
+        return await store.acquire(
+            Acquire(
+                job_id=self._request.job_id,
+                namespace=plan.namespace,
+                chunk_ids=wanted.chunk_ids,
+                partial_id=wanted.partial_id,
+                partial_index=wanted.partial_index,
+                lease_ms=_LEASE_MS,
+            )
+        )
+
+    def _job(self, plan: Plan, begun: Begun, admitted_s: float) -> Job:
+        service, request = self._service, self._request
+        resumed = ids.unpack_tokens(request.resume_tokens).tolist()
+        answer = AnswerText(service.model.tokenizer, request.sampling.stop)
+        for token in resumed:
+            answer.feed(token)  # the client has this text already
+        sampler = Sampler(request.sampling)
+        sampler.skip(len(resumed))
+        kv = begun.kv
+        load = None
+        if begun.lease is not None and service.store is not None:
+            load = LoadTask(
+                kv,
+                begun.lease.arena,
+                begun.lease.chunks,
+                time.monotonic() + _LOAD_DEADLINE_S,
+                on_end=lambda: self._release(begun.lease),
+            )
+            service.loader.submit(load)
+        save = None
+        if service.saver is not None:
+            token_ids = [*plan.prompt.tolist(), *resumed]
+            save = SaveTask(kv, plan.namespace, plan.prompt[: kv.raw.base], token_ids, service.config.chunk_tokens)
+            service.saver.begin(save)
+        return Job(
+            prompt=plan.prompt,
+            resumed=resumed,
+            kv=kv,
+            sampler=sampler,
+            answer=answer,
+            max_tokens=self._max_tokens(len(plan.prompt)),
+            eos_ids=service.model.eos_ids,
+            listener=self,
+            load=load,
+            save=save,
+            admitted_s=admitted_s,
+        )
+
+    def _release(self, lease: Lease | None) -> None:
+        """Give a lease back. Called from the loader's thread."""
+        store = self._service.store
+        if store is not None and lease is not None:
+            self._loop.call_soon_threadsafe(lambda: self._service.spawn(store.release(lease.lease_id)))
+
+    async def _follow(self, job: Job) -> LoadFailed | None:
+        """Stream until the job ends. Returns the failure that asks for another try."""
+        while True:
+            event = await self._events.get()
+            if event is None:
+                return None
+            if isinstance(event, LoadFailed):
+                return event
+            if isinstance(event, Exception):
+                raise event
+            await self._call.send(event)
+
+    def _finish(self, plan: Plan, job: Job, usage: TurnUsage) -> TurnDone:
+        service, request = self._service, self._request
+        answer = ids.Message("assistant", job.answer.text)
+        key = ids.turn_key(request.request_key, answer)
+        sampled = np.asarray(job.sampled, dtype=np.uint32)
+        computed = np.concatenate([plan.prompt, sampled])[: job.kv.length]
+        if service.config.reuse:
+            # Only tokens whose text is the answer's belong to the conversation: not the end token, nor what
+            # was sampled behind a stop string.
+            kept, text_length = job.answer.token_boundary()
+            manifest = Manifest(
+                turn_key=key,
+                namespace=plan.namespace,
+                token_ids=ids.pack_tokens(np.concatenate([plan.prompt, sampled[:kept]])),
+                text=plan.text + job.answer.text[:text_length],
+                chunk_ids=(),
+                kv_tokens=min(job.kv.length, len(plan.prompt) + kept),
+            )
+            service.keep(job, plan.namespace, computed, manifest)
+        load = job.load
+        service.record(usage, job)
+        return TurnDone(
+            finish_reason="stop" if job.finish_reason == "stop" else "length",
+            turn_key=key,
+            text=job.answer.text,
+            tokens=ids.pack_tokens(sampled),
+            usage=usage,
+            prompt_tokens=ids.pack_tokens(plan.prompt) if request.return_prompt_tokens else b"",
+            prefill_s=max(0.0, job.first_token_s - job.admitted_s),
+            decode_s=max(0.0, job.done_s - job.first_token_s),
+            load_s=load.busy_s if load is not None else 0.0,
+        )
+
+    def _already_done(self, plan: Plan) -> TurnDone | None:
+        """The outcome, where an earlier attempt had sampled the whole answer and died before it could say so."""
+        request = self._request
+        resumed = ids.unpack_tokens(request.resume_tokens).tolist()
+        if not resumed:
+            return None
+        answer = AnswerText(self._service.model.tokenizer, request.sampling.stop)
+        ended = resumed[-1] in self._service.model.eos_ids
+        for token in resumed[:-1] if ended else resumed:
+            answer.feed(token)
+        if not ended and not answer.stopped and len(resumed) < self._max_tokens(len(plan.prompt)):
+            return None
+        answer.finish()
+        usage = account(len(plan.prompt), len(resumed), History(), plan.known, "evicted")
+        return TurnDone(
+            finish_reason="stop" if ended or answer.stopped else "length",
+            turn_key=ids.turn_key(request.request_key, ids.Message("assistant", answer.text)),
+            text=answer.text,
+            tokens=request.resume_tokens,
+            usage=usage,
+            prompt_tokens=ids.pack_tokens(plan.prompt) if request.return_prompt_tokens else b"",
+        )
+
+    def _limit(self) -> int:
+        return self._service.model.max_context
+
+    def _max_tokens(self, prompt: int) -> int:
+        room = self._limit() - prompt
+        asked = self._request.sampling.max_tokens
+        return min(asked, room) if asked else room
+
+    def _answer_room(self) -> int:
+        asked = self._request.sampling.max_tokens
+        return min(asked, _ANSWER_ROOM_TOKENS) if asked else _ANSWER_ROOM_TOKENS

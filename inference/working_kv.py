@@ -1,0 +1,233 @@
+"""Working KV: keys and values of running jobs on the device, and of finished ones as long as there is room.
+
+One job's KV is contiguous (CPU), keys rotated to their current positions. Beside them the job keeps its *raw*
+(un-rotated) keys from `raw_base` on: the part that the store does not hold yet, which asynchronous saving copies
+from. Everything before `length` is whole in every layer; steps write behind it and then move it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from protocol.ids import TokenArray
+
+_GRAIN_TOKENS = 256  # capacities are multiples of this, so that finished buffers fit later jobs
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What a token's KV looks like on the device."""
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token over all layers."""
+        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+    def empty_keys(self, tokens: int) -> torch.Tensor:
+        return torch.empty(self.layers, tokens, self.kv_heads, self.key_dim, dtype=self.dtype, device=self.device)
+
+    def empty_values(self, tokens: int) -> torch.Tensor:
+        return torch.empty(self.layers, tokens, self.kv_heads, self.value_dim, dtype=self.dtype, device=self.device)
+
+
+class RawKeys:
+    """Un-rotated keys of positions base..base+capacity-1.  # [layers, capacity, kv_heads, key_dim]"""
+
+    def __init__(self, shape: KvShape, base: int, capacity: int) -> None:
+        self.base = base
+        self.keys = shape.empty_keys(capacity)
+
+    def span(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """The keys of positions start..end-1.  # [end - start, kv_heads, key_dim], a view"""
+        return self.keys[layer, start - self.base : end - self.base]
+
+
+class WorkingKv:
+    """The KV of one context.
+
+    The engine's thread writes behind `length`; the loader writes positions below `length` before anybody
+    reads them; the saver only reads, and only what was written. Growing swaps in larger tensors that hold all
+    that the old ones held, so a reader that still has the old ones reads the same bytes.
+    """
+
+    def __init__(self, shape: KvShape, capacity: int) -> None:
+        capacity = _round_up(capacity)
+        self.shape = shape
+        self.keys = shape.empty_keys(capacity)  # rotated, [layers, capacity, kv_heads, key_dim]
+        self.values = shape.empty_values(capacity)  # [layers, capacity, kv_heads, value_dim]
+        self.length = 0
+        self.raw = RawKeys(shape, 0, 0)
+        self.pending_saves = 0  # turns whose KV the saver still copies from here; the event loop counts
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.capacity * self.shape.token_bytes + self.raw.keys.nbytes
+
+    def begin(self, length: int, raw_base: int, capacity: int) -> None:
+        """Start a job whose first `length` tokens are given, with raw keys kept from raw_base on.
+
+        Raw keys of raw_base..length-1 are carried over where they are held; a loader brings them otherwise.
+        """
+        self.length = length
+        self._grow_cache(capacity)
+        old = self.raw
+        self.raw = RawKeys(self.shape, raw_base, self.capacity - raw_base)
+        held_from, held_to = max(old.base, raw_base), min(old.base + old.keys.shape[1], length)
+        if held_from < held_to:
+            self.raw.keys[:, held_from - raw_base : held_to - raw_base] = old.keys[
+                :, held_from - old.base : held_to - old.base
+            ]
+
+    def ensure(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, half as much again where it has to grow."""
+        if tokens <= self.capacity:
+            return
+        self._grow_cache(max(tokens, self.capacity * 3 // 2))
+        raw = RawKeys(self.shape, self.raw.base, self.capacity - self.raw.base)
+        raw.keys[:, : self.raw.keys.shape[1]] = self.raw.keys
+        # In place: the saver holds this RawKeys object and must see the larger one.
+        self.raw.keys = raw.keys
+
+    def compact(self, chunk_tokens: int) -> None:
+        """Keep no more raw keys than the last, partial chunk needs. Call when all of it is saved."""
+        base = self.length // chunk_tokens * chunk_tokens
+        if base > self.raw.base:
+            tail = RawKeys(self.shape, base, self.length - base)
+            tail.keys.copy_(self.raw.keys[:, base - self.raw.base : self.length - self.raw.base])
+            self.raw = tail
+
+    def write(self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor) -> None:
+        """Store the KV of new tokens from `start` on.  # each [n, kv_heads, dim]"""
+        end = start + key.shape[0]
+        self.keys[layer, start:end] = key
+        self.values[layer, start:end] = value
+        self.raw.span(layer, start, end).copy_(raw_key)
+
+    def _grow_cache(self, tokens: int) -> None:
+        if tokens <= self.capacity:
+            return
+        tokens = _round_up(tokens)
+        held = self.capacity
+        keys, values = self.shape.empty_keys(tokens), self.shape.empty_values(tokens)
+        keys[:, :held] = self.keys
+        values[:, :held] = self.values
+        self.keys, self.values = keys, values
+
+
+def _round_up(tokens: int) -> int:
+    return max(1, -(-tokens // _GRAIN_TOKENS)) * _GRAIN_TOKENS
+
+
+@dataclass(frozen=True)
+class RetainedMatch:
+    """The best retained context for a prompt, and how many of its leading tokens can be kept."""
+
+    key: int
+    tokens: int
+
+
+@dataclass
+class _Retained:
+    namespace: bytes
+    token_ids: TokenArray  # tokens with KV
+    kv: WorkingKv
+    nbytes: int
+
+
+class RetentionPool:
+    """HBM retention and write buffer: finished contexts stay until their bytes are needed, oldest out first.
+
+    A context that is not saved yet stays whatever it takes (the paper's write buffer, section 3.2.2).
+    Owned by the service's event loop; not safe from another thread.
+    """
+
+    def __init__(self, capacity_bytes: int, chunk_tokens: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._chunk_tokens = chunk_tokens
+        self._held: OrderedDict[int, _Retained] = OrderedDict()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def match(self, namespace: bytes, prompt: TokenArray) -> RetainedMatch | None:
+        """The retained context that shares the longest prefix with `prompt`, short of its last token.
+
+        Where the shared prefix ends before the raw keys of its last chunk begin, it is cut to a chunk border:
+        the chunk could not be saved again otherwise.
+        """
+        best: RetainedMatch | None = None
+        for key, held in self._held.items():
+            if held.namespace != namespace:
+                continue
+            tokens = min(common_prefix(held.token_ids, prompt), len(prompt) - 1)
+            border = tokens // self._chunk_tokens * self._chunk_tokens
+            if border < held.kv.raw.base:
+                tokens = border
+            if tokens > 0 and (best is None or tokens >= best.tokens):
+                best = RetainedMatch(key, tokens)
+        return best
+
+    def take(self, match: RetainedMatch, capacity: int) -> WorkingKv:
+        """Working KV that begins with the matched tokens, ready for a job of up to `capacity` tokens.
+
+        A context that only grows is handed over and no longer retained. A branch gets a copy of what it shares:
+        the other branch may go on too, and the saver may still read from it.
+        """
+        held = self._held[match.key]
+        raw_base = match.tokens // self._chunk_tokens * self._chunk_tokens
+        if match.tokens == len(held.token_ids):
+            del self._held[match.key]
+            self.used_bytes -= held.nbytes
+            held.kv.begin(match.tokens, raw_base, capacity)
+            return held.kv
+        kv = WorkingKv(held.kv.shape, capacity)
+        kv.begin(match.tokens, raw_base, capacity)
+        kv.keys[:, : match.tokens] = held.kv.keys[:, : match.tokens]
+        kv.values[:, : match.tokens] = held.kv.values[:, : match.tokens]
+        for layer in range(kv.shape.layers):
+            kv.raw.span(layer, raw_base, match.tokens).copy_(held.kv.raw.span(layer, raw_base, match.tokens))
+        return kv
+
+    def put(self, namespace: bytes, token_ids: TokenArray, kv: WorkingKv) -> None:
+        """Keep a finished context, `token_ids` being those with KV, at the price of the oldest ones."""
+        self._held[self._next] = _Retained(namespace, token_ids, kv, kv.nbytes)
+        self._next += 1
+        self.used_bytes += kv.nbytes
+        self.trim()
+
+    def trim(self) -> None:
+        """Compact what is saved by now, then let go the oldest saved contexts until the rest fits."""
+        for held in self._held.values():
+            if not held.kv.pending_saves:
+                held.kv.compact(self._chunk_tokens)
+                self.used_bytes += held.kv.nbytes - held.nbytes
+                held.nbytes = held.kv.nbytes
+        for key in list(self._held):
+            if self.used_bytes <= self.capacity_bytes:
+                break
+            if not self._held[key].kv.pending_saves:
+                self.used_bytes -= self._held.pop(key).nbytes
+
+
+def common_prefix(a: TokenArray, b: TokenArray) -> int:
+    """How many leading tokens two contexts share."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

@@ -1,0 +1,79 @@
+"""Metrics of an inference process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class InferenceMetrics:
+    """All metric families of an inference process, on the registry given."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.prefill_seconds = Histogram(
+            "cachedattention_inference_prefill_seconds",
+            "Admission of a turn to its first token (the paper's TTFT), as the inference process sees it",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.load_seconds = Histogram(
+            "cachedattention_load_seconds",
+            "Time from the start to the end of loading a turn's history into working KV, by slowest tier",
+            ["tier"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.save_seconds = Histogram(
+            "cachedattention_save_seconds",
+            "Time to copy and commit one chunk",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.overlap_ratio = Histogram(
+            "cachedattention_overlap_ratio",
+            "Part of a turn's loading time that ran under computation",
+            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0),
+            registry=registry,
+        )
+        self.prefill_seconds_saved = Counter(
+            "cachedattention_prefill_seconds_saved",
+            "Estimated computing time of the reused tokens at the measured prefill rate, less the time to load them",
+            registry=registry,
+        )
+        self.saved_tokens = Counter(
+            "cachedattention_saved_tokens", "Tokens whose KV was handed to the store", registry=registry
+        )
+        self.unsaved_turns = Counter(
+            "cachedattention_unsaved_turns", "Turns whose KV could not be saved in time", registry=registry
+        )
+        self.load_failures = Counter(
+            "cachedattention_load_failures", "Histories that did not arrive, by reason", ["reason"], registry=registry
+        )
+        self.steps = Counter("cachedattention_engine_steps", "Steps of the engine", registry=registry)
+        self.step_tokens = Counter(
+            "cachedattention_engine_step_tokens", "Tokens computed in steps, by phase", ["phase"], registry=registry
+        )
+        self._running = Gauge(
+            "cachedattention_engine_running_jobs",
+            "Turns in the engine, loading, in prefill or in decode",
+            registry=registry,
+        )
+        self._backlog = Gauge(
+            "cachedattention_save_backlog", "Finished turns that wait in the write buffer", registry=registry
+        )
+        self._retained = Gauge(
+            "cachedattention_retained_bytes", "Working KV of finished turns kept on the device", registry=registry
+        )
+        self._store_up = Gauge(
+            "cachedattention_store_connected", "Whether the KV store is connected", registry=registry
+        )
+
+    def watch(self, sources: Mapping[str, Callable[[], float]]) -> None:
+        """Read gauges from `sources` at scrape time: running, backlog, retained_bytes, store_connected."""
+        self._running.set_function(sources["running"])
+        self._backlog.set_function(sources["backlog"])
+        self._retained.set_function(sources["retained_bytes"])
+        self._store_up.set_function(sources["store_connected"])
