@@ -35,7 +35,7 @@ class Sampler:
         ordered, ids = torch.sort(probabilities, descending=True, stable=True)
         cumulative = torch.cumsum(ordered, dim=0)
         # The smallest set whose probability reaches top_p; the most probable token is always in it.
-        kept = int((cumulative - ordered < self._top_p).sum()) if self._top_p < 1 else len(ordered)
+        kept = max(1, int((cumulative - ordered < self._top_p).sum())) if self._top_p < 1 else len(ordered)
         draw = float(torch.rand((), generator=self._generator)) * float(cumulative[kept - 1])
         index = int(torch.searchsorted(cumulative[:kept], draw, right=True))
         return int(ids[min(index, kept - 1)])

@@ -45,7 +45,7 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
 
 def tokenize(tokenizer: Any, text: str) -> TokenArray:
     """Token ids of rendered text. Lone surrogates, which no tokenizer can read, become U+FFFD."""
-    clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    clean = text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return np.asarray(tokenizer(clean, add_special_tokens=False).input_ids, dtype=np.uint32)
 
 

@@ -1,0 +1,66 @@
+"""The account of a prompt: every token is a hit in a tier, new, or missed for a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.context import History, Known, account, account_chunks, known_history, wanted_chunks
+from protocol import ids
+from protocol.messages import Manifest, SlotRef
+
+NAMESPACE = b"n" * 16
+CHUNK = 16
+
+
+def manifest(tokens: np.ndarray, kv_tokens: int) -> Manifest:
+    chain = ids.lineage(NAMESPACE, tokens[:kv_tokens].astype(np.uint32), CHUNK)
+    return Manifest(bytes(16), NAMESPACE, ids.pack_tokens(tokens), "", tuple(chain), kv_tokens)
+
+
+@given(
+    st.integers(1, 500),
+    st.lists(st.tuples(st.integers(1, CHUNK), st.sampled_from(["dram", "ssd"])), max_size=40),
+    st.integers(0, 600),
+    st.sampled_from(["", "text_changed", "manifest_lost"]),
+)
+def test_parts_add_up(prompt: int, chunks: list[tuple[int, str]], known: int, reason: str) -> None:
+    refs = [SlotRef(i, 1, bytes(16), tokens, tier) for i, (tokens, tier) in enumerate(chunks)]  # type: ignore[arg-type]
+    history = account_chunks(refs, prompt)
+    assert history.tokens == history.dram + history.ssd <= prompt - 1
+    usage = account(prompt, 1, history, Known(min(known, prompt - 1), reason), "evicted")
+    parts = (usage.hbm, usage.dram, usage.ssd, usage.computed, *usage.missed.values())
+    assert sum(parts) == prompt
+    assert min(parts) >= 0
+
+
+def test_a_continued_context_asks_for_its_partial_chunk() -> None:
+    context = np.arange(40, dtype=np.uint32)
+    parent = manifest(context, 39)
+    prompt = np.concatenate([context, np.arange(100, 120, dtype=np.uint32)])
+    wanted = wanted_chunks(NAMESPACE, prompt, parent, True, CHUNK)
+    assert wanted.chunk_ids == tuple(ids.lineage(NAMESPACE, prompt[:48], CHUNK))
+    assert wanted.partial_index == 2
+    assert wanted.partial_id == parent.chunk_ids[2]
+
+
+def test_no_partial_chunk_of_a_changed_context() -> None:
+    context = np.arange(40, dtype=np.uint32)
+    wanted = wanted_chunks(NAMESPACE, context, manifest(context, 39), False, CHUNK)
+    assert wanted.partial_id is None
+
+
+def test_last_token_is_never_history() -> None:
+    """An equal prompt computes its last token anew, so the partial chunk that covers it is not asked for."""
+    context = np.arange(40, dtype=np.uint32)
+    wanted = wanted_chunks(NAMESPACE, context, manifest(context, 40), True, CHUNK)
+    assert wanted.partial_id is None
+    assert account_chunks([SlotRef(0, 1, bytes(16), 40, "dram")], 40) == History(39, 0, 39, 0)
+
+
+def test_lost_manifest_is_counted_by_the_journals_figure() -> None:
+    prompt = np.arange(100, dtype=np.uint32)
+    assert known_history(prompt, None, False, 80, "manifest_lost") == Known(80, "manifest_lost")
+    assert known_history(prompt, None, False, 0, "manifest_lost") == Known(0)
+    assert known_history(prompt, None, False, 500, "manifest_lost").tokens == 99

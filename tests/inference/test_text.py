@@ -1,0 +1,114 @@
+"""Text and tokens: nothing that was generated is ever tokenized again, and streamed text is final."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.embedded.make import byte_tokenizer
+from inference.text import AnswerText, prompt_tokens, render, tokenize
+from protocol import ids
+from protocol.errors import InvalidRequest
+from protocol.messages import ChatMessage, Manifest
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.convert_tokens_to_ids("<|end|>")
+BYTE_IDS = st.lists(st.integers(0, 255), max_size=60)
+
+
+def feed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[AnswerText, list[str]]:
+    answer = AnswerText(TOKENIZER, stop)
+    pieces = []
+    for token in tokens:
+        pieces.append(answer.feed(token))
+        if answer.stopped:
+            break
+    pieces.append(answer.finish())
+    return answer, pieces
+
+
+@given(st.text(max_size=40))
+def test_valid_text_streams_to_itself(text: str) -> None:
+    """Any text, token by token, gives itself, and no piece ends in half a character."""
+    answer, pieces = feed(tokenize(TOKENIZER, text).tolist())
+    assert "".join(pieces) == answer.text == text
+
+
+@settings(max_examples=300)
+@given(BYTE_IDS)
+def test_any_bytes_stream_and_end(tokens: list[int]) -> None:
+    """Bytes that are no UTF-8 never stall the stream, and the pieces are the text."""
+    answer, pieces = feed(tokens)
+    assert "".join(pieces) == answer.text
+    assert answer.token_boundary() == (len(tokens), len(answer.text))
+
+
+def test_incomplete_character_is_held_back() -> None:
+    tokens = tokenize(TOKENIZER, "a€").tolist()
+    answer = AnswerText(TOKENIZER)
+    assert [answer.feed(t) for t in tokens] == ["a", "", "", "€"]
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_strings_cut_where_they_first_complete(text: str, stop: list[str]) -> None:
+    """The answer ends before the stop string that completes first; nothing of it was streamed before."""
+    answer, pieces = feed(tokenize(TOKENIZER, text).tolist(), tuple(stop))
+    ends = [at + len(s) for s in stop if (at := text.find(s)) >= 0]
+    if ends:
+        # Tokens are single characters here, so the scan stops at the first character that completes one.
+        seen = text[: min(ends)]
+        expected = seen[: min(at for s in stop if (at := seen.find(s)) >= 0)]
+    else:
+        expected = text
+    assert answer.stopped == bool(ends)
+    assert "".join(pieces) == answer.text == expected
+
+
+def test_boundary_lies_before_the_stop_string() -> None:
+    answer, _ = feed(tokenize(TOKENIZER, "hello STOP more").tolist(), ("STOP",))
+    assert answer.text == "hello "
+    assert answer.token_boundary() == (6, 6)
+
+
+def test_special_tokens_count_without_text() -> None:
+    answer, _ = feed([*tokenize(TOKENIZER, "hi").tolist(), END])
+    assert answer.text == "hi"
+    assert answer.token_boundary() == (3, 2)
+
+
+@given(st.text(max_size=20), BYTE_IDS, st.text(max_size=20))
+def test_generated_ids_survive_the_next_turn(question: str, sampled: list[int], follow_up: str) -> None:
+    """The next prompt begins with the very ids of the last turn, though its text may not encode to them."""
+    first = render(TOKENIZER, [ChatMessage("user", question)])
+    prompt = tokenize(TOKENIZER, first)
+    answer, _ = feed(sampled)
+    saved = ids.pack_tokens([*prompt.tolist(), *sampled])
+    manifest = Manifest(bytes(16), bytes(16), saved, first + answer.text, (), len(prompt) + len(sampled) - 1)
+    messages = [ChatMessage("user", question), ChatMessage("assistant", answer.text), ChatMessage("user", follow_up)]
+    text = render(TOKENIZER, messages)
+    tokens, continues = prompt_tokens(TOKENIZER, text, manifest)
+    assert continues
+    assert tokens.tolist() == [
+        *prompt.tolist(),
+        *sampled,
+        *tokenize(TOKENIZER, text[len(manifest.text) :]).tolist(),
+    ]
+
+
+def test_changed_text_is_tokenized_anew() -> None:
+    manifest = Manifest(bytes(16), bytes(16), ids.pack_tokens([1, 2, 3]), "something else", (), 3)
+    tokens, continues = prompt_tokens(TOKENIZER, "hello", manifest)
+    assert not continues
+    assert tokens.tolist() == tokenize(TOKENIZER, "hello").tolist()
+
+
+def test_template_errors_are_the_callers() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        render(tokenizer, [ChatMessage("user", "hi")])
+
+
+def test_lone_surrogates_become_replacement() -> None:
+    assert tokenize(TOKENIZER, "a\ud800b").tolist() == tokenize(TOKENIZER, "a\ufffdb").tolist()

@@ -1,0 +1,123 @@
+"""Working KV and retention: growth keeps every byte, branches do not disturb each other, bytes add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from inference.working_kv import KvShape, RetentionPool, WorkingKv, common_prefix
+
+SHAPE = KvShape(2, 2, 4, 4, torch.float32, torch.device("cpu"))
+NAMESPACE = b"n" * 16
+CHUNK = 16
+
+
+def filled(tokens: int, raw_base: int = 0, seed: int = 0) -> WorkingKv:
+    generator = torch.Generator().manual_seed(seed)
+    kv = WorkingKv(SHAPE, tokens)
+    kv.begin(0, 0, tokens)
+    for layer in range(SHAPE.layers):
+        key, value, raw = (torch.randn(tokens, 2, 4, generator=generator) for _ in range(3))
+        kv.write(layer, 0, key, value, raw)
+    kv.length = tokens
+    if raw_base:
+        kv.compact(CHUNK)
+    return kv
+
+
+def ids_of(count: int, start: int = 0) -> np.ndarray:
+    return np.arange(start, start + count, dtype=np.uint32)
+
+
+def test_growing_keeps_every_byte_and_old_readers() -> None:
+    kv = filled(200)
+    keys, values, raw = kv.keys.clone(), kv.values.clone(), kv.raw.keys.clone()
+    reader = kv.raw
+    kv.ensure(1000)
+    assert kv.capacity >= 1000
+    assert torch.equal(kv.keys[:, :200], keys[:, :200])
+    assert torch.equal(kv.values[:, :200], values[:, :200])
+    assert torch.equal(reader.span(1, 0, 200), raw[1, :200])
+
+
+def test_compact_keeps_the_partial_chunks_raw_keys() -> None:
+    kv = filled(40)
+    tail = kv.raw.span(1, 32, 40).clone()
+    kv.compact(CHUNK)
+    assert kv.raw.base == 32
+    assert torch.equal(kv.raw.span(1, 32, 40), tail)
+
+
+def test_appending_takes_the_context_over() -> None:
+    pool = RetentionPool(1 << 30, CHUNK)
+    kv = filled(40)
+    pool.put(NAMESPACE, ids_of(40), kv)
+    match = pool.match(NAMESPACE, ids_of(60))
+    assert match is not None
+    assert match.tokens == 40
+    assert pool.take(match, 100) is kv
+    assert kv.raw.base == 32
+    assert len(pool) == 0
+    assert pool.used_bytes == 0
+
+
+def test_a_branch_gets_a_copy() -> None:
+    pool = RetentionPool(1 << 30, CHUNK)
+    kv = filled(40)
+    before = kv.keys.clone()
+    pool.put(NAMESPACE, ids_of(40), kv)
+    prompt = np.concatenate([ids_of(37), ids_of(10, 500)]).astype(np.uint32)
+    match = pool.match(NAMESPACE, prompt)
+    assert match is not None
+    assert match.tokens == 37
+    branch = pool.take(match, 100)
+    assert branch is not kv
+    assert branch.length == 37
+    assert torch.equal(branch.raw.span(0, 32, 37), kv.raw.span(0, 32, 37))
+    branch.write(0, 37, *(torch.zeros(3, 2, 4) for _ in range(3)))
+    assert torch.equal(kv.keys[:, :40], before[:, :40])
+    assert len(pool) == 1
+
+
+def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
+    pool = RetentionPool(1 << 30, CHUNK)
+    pool.put(NAMESPACE, ids_of(40), filled(40, raw_base=32))
+    prompt = np.concatenate([ids_of(21), ids_of(10, 500)]).astype(np.uint32)
+    match = pool.match(NAMESPACE, prompt)
+    assert match is not None
+    assert match.tokens == 16
+
+
+def test_other_namespaces_never_match() -> None:
+    pool = RetentionPool(1 << 30, CHUNK)
+    pool.put(NAMESPACE, ids_of(40), filled(40))
+    assert pool.match(b"m" * 16, ids_of(60)) is None
+
+
+def test_the_last_token_is_never_taken() -> None:
+    pool = RetentionPool(1 << 30, CHUNK)
+    pool.put(NAMESPACE, ids_of(40), filled(40))
+    match = pool.match(NAMESPACE, ids_of(40))
+    assert match is not None
+    assert match.tokens == 39
+
+
+def test_oldest_leave_but_never_unsaved_ones() -> None:
+    kv = [filled(40, seed=i) for i in range(3)]
+    pool = RetentionPool(kv[0].nbytes * 2, CHUNK)
+    kv[0].pending_saves = 1
+    for i, context in enumerate(kv):
+        pool.put(NAMESPACE, ids_of(40, 1000 * i), context)
+    assert pool.match(NAMESPACE, ids_of(41, 0)) is not None
+    assert pool.match(NAMESPACE, ids_of(41, 1000)) is None
+    assert pool.used_bytes <= kv[0].nbytes * 2
+    kv[0].pending_saves = 0
+    pool.capacity_bytes = 0
+    pool.trim()
+    assert (len(pool), pool.used_bytes) == (0, 0)
+
+
+def test_common_prefix() -> None:
+    assert common_prefix(ids_of(5), ids_of(9)) == 5
+    assert common_prefix(ids_of(5), ids_of(5, 1)) == 0
+    assert common_prefix(ids_of(0), ids_of(5)) == 0
