@@ -475,7 +475,7 @@ class SsdStatus:
     manifests: Count
     error: Str = ""
     moved_aside: Str = ""  # where a damaged database went when this worker started
-    corrupt_records: Count = 0  # found and deleted since this worker started, manifests included
+    corrupt_records: Count = 0  # manifests and chunk records found damaged, and deleted, since this worker started
 
 
 _TAGS = {cls: tag for tag, cls in REGISTRY.items()}

@@ -19,7 +19,7 @@ import itertools
 import logging
 import socket as sockets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -50,6 +50,7 @@ _DEAD_AFTER_MS = 4_000  # ZMTP heartbeats unanswered for this long end a connect
 _HIGH_WATER = 10_000  # messages queued to one peer; past it the peer counts as stuck
 _IPC_PATH_LIMIT = 107  # sun_path of a Unix socket
 _LONGEST_HEARTBEAT_S = 60.0
+_DRAIN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,7 @@ class RpcClient:
         self._pending: dict[int, _Pending] = {}
         self._correlations = itertools.count(1)
         self._ready = asyncio.Event()
-        self._connected_epoch: bytes = b""
+        self._transport_up = endpoint.startswith("inproc://")  # which has no events, and no way to break
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket: zmq.asyncio.Socket | None = None
         self._monitor: zmq.asyncio.Socket | None = None
@@ -411,7 +412,8 @@ class RpcClient:
         _configure(socket, self._curve, server=False)
         socket.set(zmq.RECONNECT_IVL, 50)
         socket.set(zmq.RECONNECT_IVL_MAX, 500)
-        socket.set(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
+        # Not zmq.IMMEDIATE: with it, replies that we have not read yet are dropped when the server goes away.
+        # `_transmit_bytes` is what keeps requests from queueing for a server that is not there.
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         assert monitor is not None
         self._socket, self._monitor = socket, monitor
@@ -452,7 +454,7 @@ class RpcClient:
             raise PeerUnavailable(f"{self.endpoint} is not connected {self.last_error}".strip())
         return await self._request(message, expect, timeout_s)
 
-    async def stream(self, message: Any, timeout_s: float, idle_timeout_s: float) -> AsyncIterator[Any]:
+    async def stream(self, message: Any, timeout_s: float, idle_timeout_s: float) -> AsyncGenerator[Any, None]:
         """One request; yields each part and at last the final reply. Leaving the loop early cancels the request.
 
         timeout_s bounds the whole, idle_timeout_s the wait for each part.
@@ -513,9 +515,11 @@ class RpcClient:
     async def _transmit_bytes(self, data: bytes) -> None:
         if self._socket is None:
             raise PeerUnavailable(f"{self.endpoint}: closed")
+        if not self._transport_up:
+            raise PeerUnavailable(f"{self.endpoint}: nobody answers there")
         try:
             await self._socket.send(data, flags=zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # EAGAIN: with IMMEDIATE set, nobody is there or it reads nothing
+        except zmq.ZMQError as error:  # EAGAIN: the server reads nothing
             raise PeerUnavailable(f"{self.endpoint}: {error.strerror}") from error
 
     async def _next(self, pending: _Pending, wait_s: float, message: Any) -> Frame:
@@ -539,12 +543,13 @@ class RpcClient:
                 if correlation in self._pending:
                     self._pending[correlation].replies.put_nowait(error)
                 continue
+            pending = self._pending.get(frame.correlation)
+            if pending is None:
+                continue  # nobody waits for it any more
             if frame.kind == "err" and frame.body["message"] == "say hello first":
                 # The server is a new process that never saw our hello.
                 self._lost("the server restarted")
-            pending = self._pending.get(frame.correlation)
-            if pending is not None:
-                pending.replies.put_nowait(frame)
+            pending.replies.put_nowait(frame)
 
     async def _watch(self) -> None:
         """Turn transport events into state: a broken connection fails all open requests now, not at their deadline."""
@@ -553,7 +558,12 @@ class RpcClient:
             parts = await self._monitor.recv_multipart()
             event = parse_monitor_message(parts)["event"]
             if event == zmq.EVENT_DISCONNECTED:
+                # What the server said before it went is still in the pipe: a last reply is better than none.
+                self._transport_up = False
+                await asyncio.sleep(_DRAIN_S)
                 self._lost("the connection broke")
+            else:
+                self._transport_up = True
             self._wake.set()
 
     def _lost(self, why: str) -> None:
