@@ -1,0 +1,226 @@
+"""Time to first token of a turn with its history in DRAM, on SSD, and recomputed.
+
+    python -m benchmarks.turns [--model DIR] [--json FILE]
+
+Plays the same conversations through the whole system over HTTP, three times: with reuse (history in DRAM), with
+reuse and cold DRAM (history on SSD only, page cache dropped), and with --no-reuse (the same engine, recomputing).
+A turn's history is grown to `--history` tokens first; the measured turns add `--new` tokens each. Ratios are of
+medians within one run; the three stacks run one after another on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.models import bench_88m
+from benchmarks.stack import Stack, running_stack
+
+Mode = Literal["dram", "ssd", "recompute"]
+MODES: tuple[Mode, ...] = ("dram", "ssd", "recompute")
+_TEMPLATE_TOKENS = 4  # of one more user message in the benchmark's chat template
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One measured turn."""
+
+    mode: Mode
+    repeat: int
+    turn: int
+    prompt_tokens: int
+    hbm: int
+    dram: int
+    ssd: int
+    computed: int
+    missed: int
+    ttft_s: float  # request sent to first token received, over HTTP
+    prefill_s: float  # admission to first token in the inference process (the paper's TTFT)
+
+
+class Conversation:
+    """A conversation over HTTP whose user messages have a chosen number of tokens.
+
+    The byte tokenizer of the made models gives one token per ASCII character. With another model the first
+    message is cut by asking the server for the prompt's token count.
+    """
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._stack = stack
+        self._name = name
+        self.messages: list[dict[str, Any]] = []
+        self.context_tokens = 0
+
+    def say(self, tokens: int, answer_tokens: int) -> tuple[float, dict[str, Any]]:
+        """One turn with a user message of about `tokens` tokens. Returns TTFT in seconds and the usage."""
+        seed = f"{self._name} {len(self.messages)} "
+        text = (seed + "the quick brown fox jumps over the lazy dog " * (tokens // 40 + 1))[:tokens]
+        self.messages.append({"role": "user", "content": text})
+        body = {
+            "model": "default",
+            "messages": self.messages,
+            "temperature": 0,
+            "max_tokens": answer_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        ttft_s, answer = 0.0, ""
+        usage: dict[str, Any] = {}
+        started = time.perf_counter()
+        with self._stack.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                raise RuntimeError(response.read().decode())
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(str(event))
+                for choice in event["choices"]:
+                    answer += choice["delta"].get("content") or ""
+                    if choice.get("token_ids") and not ttft_s:
+                        ttft_s = time.perf_counter() - started
+                usage = event.get("usage") or usage
+        self.messages.append({"role": "assistant", "content": answer})
+        self.context_tokens = usage["prompt_tokens"] + usage["completion_tokens"] - 1
+        return ttft_s, usage
+
+
+def measure(mode: Mode, model: Path | str, repeats: int, turns: int, history: int, new: int, step: Any) -> list[Turn]:
+    """Play the conversations in one mode. Raises RuntimeError: a turn did not get its history from where it should."""
+    answer_tokens = 8
+    found: list[Turn] = []
+    # Working KV is not retained, so that history really comes from the tier that is measured.
+    settings = {"retain": "0", "dram": "1GiB", "ssd": "8GiB", "no_reuse": str(mode == "recompute").lower()}
+    with running_stack(model, log_level="warning", **settings) as stack:
+        warm = Conversation(stack, "warm-up")
+        for _ in range(2):
+            warm.say(300, answer_tokens)
+        for repeat in range(repeats):
+            conversation = Conversation(stack, f"conversation {repeat}")
+            conversation.say(history - answer_tokens - _TEMPLATE_TOKENS, answer_tokens)
+            for turn in range(turns):
+                _settle(stack, mode)
+                ttft_s, usage = conversation.say(new - _TEMPLATE_TOKENS, answer_tokens)
+                by_source = usage["cachedattention"]
+                found.append(
+                    Turn(
+                        mode,
+                        repeat,
+                        turn,
+                        usage["prompt_tokens"],
+                        by_source["hbm"],
+                        by_source["dram"],
+                        by_source["ssd"],
+                        by_source["computed"],
+                        sum(by_source["missed"].values()),
+                        ttft_s,
+                        by_source["prefill_s"],
+                    )
+                )
+                _check(found[-1])
+                step()
+    return found
+
+
+def _settle(stack: Stack, mode: Mode) -> None:
+    """Wait until the last turn is saved; for the SSD mode, until it is nowhere else."""
+    if mode == "recompute":
+        time.sleep(0.2)
+        return
+    stack.wait_metric("inference", "cachedattention_save_backlog", 0.0)
+    time.sleep(0.2)
+    if mode == "ssd":
+        stack.drop_dram()
+
+
+def _check(turn: Turn) -> None:
+    history = {"dram": turn.dram, "ssd": turn.ssd, "recompute": turn.missed}[turn.mode]
+    if turn.computed + history != turn.prompt_tokens:
+        raise RuntimeError(f"the turn's history came from elsewhere: {turn}")
+
+
+def summarize(turns: list[Turn]) -> dict[str, Any]:
+    """Medians, extremes and ratios to recomputing, over the measured turns."""
+    by_mode = {mode: [t for t in turns if t.mode == mode] for mode in MODES}
+    summary: dict[str, Any] = {}
+    for mode, of_mode in by_mode.items():
+        if not of_mode:
+            continue
+        ttft = [t.ttft_s for t in of_mode]
+        summary[mode] = {
+            "turns": len(of_mode),
+            "prompt_tokens_median": statistics.median(t.prompt_tokens for t in of_mode),
+            "ttft_s": {"median": statistics.median(ttft), "min": min(ttft), "max": max(ttft)},
+            "prefill_s_median": statistics.median(t.prefill_s for t in of_mode),
+        }
+    if "recompute" in summary:
+        base = summary["recompute"]
+        for mode in ("dram", "ssd"):
+            if mode in summary:
+                summary[mode]["ttft_speedup"] = base["ttft_s"]["median"] / summary[mode]["ttft_s"]["median"]
+                summary[mode]["prefill_speedup"] = base["prefill_s_median"] / summary[mode]["prefill_s_median"]
+    return summary
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="A model directory; default: bench-88m, made on the spot.")] = None,
+    history: Annotated[int, typer.Option(help="Tokens of history before the first measured turn.")] = 1650,
+    new: Annotated[int, typer.Option(help="New tokens of each measured turn.")] = 64,
+    turns: Annotated[int, typer.Option(help="Measured turns per conversation.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Conversations per mode.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+) -> None:
+    """Measure the time to first token with history from DRAM, from SSD and recomputed."""
+    console = Console()
+    directory = Path(model) if model else bench_88m()
+    found: list[Turn] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("turns", total=len(MODES) * repeats * turns)
+        for mode in MODES:
+            progress.update(task, description=f"turns, {mode}")
+            found += measure(mode, directory, repeats, turns, history, new, lambda: progress.advance(task))
+    summary = summarize(found)
+    table = Table(title=f"{directory.name}: {history} tokens of history, {new} new")
+    for column in ("history from", "TTFT median", "min", "max", "prefill median", "TTFT speed-up", "prefill speed-up"):
+        table.add_column(column, justify="right")
+    for name, row in summary.items():
+        ttft = row["ttft_s"]
+        table.add_row(
+            name,
+            *(f"{ttft[k] * 1e3:.0f} ms" for k in ("median", "min", "max")),
+            f"{row['prefill_s_median'] * 1e3:.0f} ms",
+            *(f"{row[k]:.1f}x" if k in row else "" for k in ("ttft_speedup", "prefill_speedup")),
+        )
+    console.print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": " ".join(["python -m benchmarks.turns", *sys.argv[1:]]),
+            "machine": {"cpu": _cpu(), "python": platform.python_version()},
+            "summary": summary,
+            "turns": [asdict(t) for t in found],
+        }
+        json_file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    typer.run(main)

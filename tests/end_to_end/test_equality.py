@@ -1,0 +1,87 @@
+"""Same answer: real conversations through HTTP give transformers' own greedy tokens, wherever history comes from.
+
+Three real processes, float32, every turn compared with `transformers` `generate` on the same prompt ids; on
+every turn after the first all history is reused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stack import Stack, running_stack
+from tests.end_to_end.conversations import NO_DATA, REAL_TEXT, Script, own_scripts, real_scripts
+from tests.end_to_end.player import Played, Player
+from tests.inference.harness import SHAPES, Reference, make_model
+
+_CONTEXT = 1536
+_FAMILIES = list(SHAPES)
+
+needs_data = pytest.mark.skipif(not REAL_TEXT.is_dir(), reason=NO_DATA)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("models")
+    return {family: make_model(home / family, family, max_context=_CONTEXT) for family in _FAMILIES}
+
+
+def scripts(count: int) -> tuple[Script, ...]:
+    return real_scripts(count, _CONTEXT // 2) if REAL_TEXT.is_dir() else own_scripts()
+
+
+def wait_saved(stack: Stack) -> None:
+    stack.wait_metric("inference", "cachedattention_save_backlog", 0.0)
+
+
+def settle(played: Played) -> None:
+    """Excuses are for rounding only: a wrong answer is wrong in more than one turn of fifty."""
+    assert played.turns > 0
+    assert played.excused <= played.turns // 50 + 1, played
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_history_in_dram(models: dict[str, Path], family: str, parallel: int) -> None:
+    """Nothing is retained on the device: all history comes through the arena."""
+    with running_stack(models[family], dtype="float32", retain=0, dram="256MiB", ssd="1GiB") as stack:
+        player = Player(stack, Reference(models[family]), between_turns=lambda _: wait_saved(stack))
+        played = player.play(scripts(20), parallel)
+    settle(played)
+    assert played.hits["dram"] > 0
+    assert played.hits["hbm"] == 0
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_history_in_working_kv(models: dict[str, Path], family: str, parallel: int) -> None:
+    """Quick follow-ups find their pages on the device."""
+    with running_stack(models[family], dtype="float32", retain="256MiB", dram="64MiB", ssd="1GiB") as stack:
+        played = Player(stack, Reference(models[family])).play(scripts(20), parallel)
+    settle(played)
+    assert played.hits["hbm"] > 0
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_history_on_ssd(models: dict[str, Path], family: str, parallel: int) -> None:
+    """Twenty conversations take turns and DRAM holds about half of their KV: history comes from SSD."""
+    with running_stack(models[family], dtype="float32", retain=0, dram="14MiB", ssd="1GiB") as stack:
+
+        def flushed(_: int) -> None:
+            wait_saved(stack)
+            stack.wait_metric("kvdaemon", "cachedattention_write_behind_queue", 0.0)
+
+        player = Player(stack, Reference(models[family]), between_turns=flushed)
+        played = player.play(scripts(20), parallel, open_at_once=20)
+    settle(played)
+    assert played.hits["ssd"] > 0
+
+
+@needs_data
+def test_twenty_real_conversations_are_played() -> None:
+    """The figure above stands for real data where it is there."""
+    chosen = scripts(20)
+    assert len(chosen) == 20
+    assert sum(len(script.turns) for script in chosen) >= 60

@@ -1,0 +1,138 @@
+"""Survival: kill -9 of any process between and during turns. Every conversation goes on, equal and reused."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.stack import SERVICES, Service, Stack, running_stack
+from tests.end_to_end.conversations import own_scripts
+from tests.end_to_end.player import Player
+from tests.inference.harness import Reference, make_model
+
+_KILLED: list[tuple[Service, ...]] = [("kvdaemon",), ("inference",), ("gateway",), SERVICES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "llama", "llama", max_context=1536)
+
+
+@pytest.fixture
+def stack(model: Path) -> Iterator[Stack]:
+    with running_stack(model, dtype="float32", retain=0, dram="64MiB", ssd="1GiB") as running:
+        yield running
+
+
+def wait_stored(stack: Stack) -> None:
+    """All that was computed is committed and written behind."""
+    stack.wait_metric("inference", "cachedattention_store_connected", 1.0)
+    stack.wait_metric("inference", "cachedattention_save_backlog", 0.0)
+    stack.wait_metric("kvdaemon", "cachedattention_write_behind_queue", 0.0)
+
+
+def restarter(stack: Stack, killed: tuple[Service, ...], before_start: Callable[[], None]) -> Callable[[int], None]:
+    def between(requests: int) -> None:
+        wait_stored(stack)
+        if requests % 2:
+            stack.kill(*killed)
+            before_start()
+            stack.start(*killed)
+            wait_stored(stack)
+
+    return between
+
+
+@pytest.mark.parametrize("killed", _KILLED, ids="+".join)
+def test_conversations_go_on_after_a_restart_between_turns(
+    stack: Stack, model: Path, killed: tuple[Service, ...]
+) -> None:
+    """After kill -9, the arena is adopted and the journal remembers: every turn still reuses all its history."""
+    player = Player(stack, Reference(model), between_turns=restarter(stack, killed, lambda: None))
+    played = player.play(own_scripts()[:3])
+    assert played.hits["dram"] > 0
+
+
+def test_the_ssd_alone_is_enough(stack: Stack, model: Path) -> None:
+    """Everything killed and the arena gone: what was flushed to SSD hits again."""
+
+    def lose_dram() -> None:
+        (stack.run_dir / "arena").unlink()
+
+    def between(requests: int) -> None:
+        wait_stored(stack)
+        if requests % 2:
+            time.sleep(2.5)  # more than one flush interval of the SSD tier
+            stack.kill(*SERVICES)
+            lose_dram()
+            stack.start()
+            wait_stored(stack)
+
+    played = Player(stack, Reference(model), between_turns=between).play(own_scripts()[:2])
+    assert played.hits["ssd"] > 0
+
+
+def test_turns_without_a_daemon_are_recomputed(stack: Stack, model: Path) -> None:
+    """While kvdaemon is away, turns are served by recomputing, and say why."""
+
+    def between(requests: int) -> None:
+        if requests == 0:
+            wait_stored(stack)
+        if requests == 1:
+            stack.wait_metric("inference", "cachedattention_save_backlog", 0.0)
+            stack.kill("kvdaemon")
+
+    played = Player(stack, Reference(model), expect_hits=False, between_turns=between).play(own_scripts()[:2])
+    assert played.missed.get("daemon_unavailable", 0) > 0
+    ready = httpx.get(f"http://127.0.0.1:{stack.ports['inference']}/ready").json()
+    assert ready["state"] == "degraded"
+
+
+@pytest.mark.parametrize("killed", _KILLED[:2], ids="+".join)
+def test_a_kill_during_a_turn_does_not_lose_it(stack: Stack, model: Path, killed: tuple[Service, ...]) -> None:
+    """kill -9 while turns run: each is still answered, right, by the same request."""
+    stop = threading.Event()
+
+    def killer() -> None:
+        for delay in itertools.cycle((0.3, 0.55, 0.8)):
+            if stop.wait(delay + 2.0):
+                return
+            stack.kill(*killed)
+            stack.start(*killed)
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        played = Player(stack, Reference(model), max_tokens=150, expect_hits=False).play(own_scripts()[:3], parallel=3)
+    finally:
+        stop.set()
+        thread.join()
+    assert played.turns == sum(len(script.turns) for script in own_scripts()[:3])
+
+
+def test_the_journal_survives_a_gateway_killed_during_a_turn(stack: Stack, model: Path) -> None:
+    """The client of a killed gateway asks again and gets the right answer with its history reused."""
+    reference = Reference(model)
+    messages = [{"role": "user", "content": "Tell me a long story about the sea. " * 8}]
+    first = stack.chat(messages, max_tokens=12)
+    messages += [
+        {"role": "assistant", "content": first["choices"][0]["message"]["content"]},
+        {"role": "user", "content": "Go on."},
+    ]
+    wait_stored(stack)
+    killer = threading.Timer(0.05, lambda: stack.kill("gateway"))
+    killer.start()
+    with pytest.raises(httpx.TransportError):
+        stack.chat(messages, max_tokens=400)
+    killer.join()
+    stack.start("gateway")
+    answer = stack.chat(messages, max_tokens=40)
+    reference.check(answer["prompt_token_ids"], answer["choices"][0]["token_ids"])
+    history = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"] - 1
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= history
