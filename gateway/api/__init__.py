@@ -1,0 +1,1 @@
+"""The REST surface: requests in, OpenAI's shapes out. Decides nothing about turns."""

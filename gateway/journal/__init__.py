@@ -1,0 +1,1 @@
+"""What was said, in a database: the only thing the gateway must never lose."""

@@ -1,0 +1,38 @@
+"""GET /v1/models: the one model that is served."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+
+from gateway.api.chat import check_model
+from gateway.api.errors import JsonResponse
+from gateway.inference_link import InferenceLink
+from protocol.messages import ModelInfo
+
+
+def models_router(inference: InferenceLink) -> APIRouter:
+    router = APIRouter()
+    started_s = int(time.time())
+
+    def describe(model: ModelInfo) -> dict[str, Any]:
+        return {
+            "id": model.model,
+            "object": "model",
+            "created": started_s,
+            "owned_by": "cachedattention",
+            "max_model_len": model.max_context,
+        }
+
+    @router.get("/v1/models")
+    async def list_models() -> JsonResponse:
+        return JsonResponse({"object": "list", "data": [describe(inference.model)]})
+
+    @router.get("/v1/models/{model_id:path}")
+    async def retrieve_model(model_id: str) -> JsonResponse:
+        check_model(model_id, inference.model.model)
+        return JsonResponse(describe(inference.model))
+
+    return router

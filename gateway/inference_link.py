@@ -1,0 +1,80 @@
+"""The connection to the inference process: what it serves, and whether it is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from monitoring.logs import get_logger
+from protocol.errors import PeerUnavailable
+from protocol.messages import GetModel, ModelInfo, RunTurn, Welcome
+from protocol.rpc import Ask, Curve, RpcClient
+
+log = get_logger(__name__)
+
+_HELLO_S = 5.0
+
+
+class InferenceLink:
+    """Owned by one loop.
+
+    on_change: called whenever the process comes or goes. The model stays known while the process is away, so that
+    requests can be checked and journaled and their turns wait for it.
+    """
+
+    def __init__(self, endpoint: str, curve: Curve | None, on_change: Callable[[], None]) -> None:
+        self._client = RpcClient(
+            endpoint,
+            "gateway",
+            curve=curve,
+            on_connected=self._connected,
+            on_disconnected=self._disconnected,
+        )
+        self._on_change = on_change
+        self._model: ModelInfo | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._client.is_connected
+
+    @property
+    def reason(self) -> str:
+        """Why it is not connected."""
+        return f"inference is not connected {self._client.last_error}".strip()
+
+    @property
+    def model(self) -> ModelInfo:
+        """What is served, or was last. Raises PeerUnavailable: not known yet."""
+        if self._model is None:
+            raise PeerUnavailable(self.reason)
+        return self._model
+
+    @property
+    def places(self) -> int:
+        """Turns that may be there at once; none while it is away."""
+        return self._model.max_running if self._model is not None and self.is_connected else 0
+
+    async def start(self) -> None:
+        await self._client.start()
+
+    async def stop(self) -> None:
+        await self._client.stop()
+
+    def run_turn(self, turn: RunTurn, timeout_s: float) -> AsyncGenerator[Any, None]:
+        """TurnStarted, TurnDelta..., TurnDone. Close it early (contextlib.aclosing) to cancel the turn.
+
+        timeout_s bounds the whole. There is no bound of its own on silence: a long prompt on a busy machine is
+        silent too, and a dead or stuck process is noticed by the connection.
+        """
+        return self._client.stream(turn, timeout_s, timeout_s)
+
+    async def _connected(self, welcome: Welcome, ask: Ask) -> None:
+        self._model = await ask(GetModel(), ModelInfo, _HELLO_S)
+        log.info("inference connected", model=self._model.model, max_running=self._model.max_running)
+        # The client counts as connected right after this returns, before the loop can run anything else.
+        asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _disconnected(self) -> None:
+        log.warning("inference went away", error=self._client.last_error)
+        self._on_change()

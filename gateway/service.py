@@ -1,0 +1,182 @@
+"""The gateway process: what it is made of, how it starts, and how it stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from gateway.api.chat import chat_router
+from gateway.api.health import health_router
+from gateway.api.models import models_router
+from gateway.app import make_app
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.hints import QueueHints
+from gateway.inference_link import InferenceLink
+from gateway.journal.journal import Journal
+from gateway.queue import TurnQueue
+from gateway.tenants import Tenants, load_secret
+from gateway.turns import Turns
+from monitoring.gateway_metrics import GatewayMetrics
+from monitoring.logs import get_logger
+from monitoring.status_server import Readiness
+from protocol.arena import exclusive
+from protocol.errors import ConfigError
+
+log = get_logger(__name__)
+
+_BACKLOG = 1024
+_LAST_WRITES_S = 2  # for responses that were decided to reach their clients
+
+
+def run(config: GatewayConfig) -> int:
+    """Serve until SIGTERM or SIGINT; a second one cuts the end short. Returns 0.
+
+    Raises ConfigError: the port is in use, another gateway has data_dir, or the journal cannot be used.
+    """
+    with (
+        contextlib.closing(listen(config.host, config.port)) as listener,
+        exclusive(config.data_dir / "gateway.lock", "gateway"),
+    ):
+        asyncio.run(_serve(config, listener))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError: the port is in use, or there is no such address."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on {host}: {error}", param="host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from error
+    return listener
+
+
+class Gateway:
+    """Everything but the HTTP server. Owned by one loop."""
+
+    def __init__(self, config: GatewayConfig, tenants: Tenants, journal: Journal) -> None:
+        """Use Gateway.open."""
+        self._drain_s = config.drain_s
+        self.metrics = GatewayMetrics()
+        self._journal = journal
+        self._inference = InferenceLink(config.inference_endpoint, config.curve, self._peers_changed)
+        self._hints = QueueHints(config.kvdaemon_endpoint, config.curve, self._peers_changed)
+        self._dispatcher = Dispatcher(
+            TurnQueue(config.queue_limit), lambda: self._inference.places, self._hints.tell, self.metrics
+        )
+        self._turns = Turns(journal, self._dispatcher, self._inference, self.metrics, config.turn_timeout_s)
+        self.app = make_app(
+            (
+                chat_router(self._turns, self._inference, tenants, config.max_body_bytes),
+                models_router(self._inference),
+                health_router(self.readiness, self.metrics),
+            ),
+            self.metrics,
+        )
+
+    @classmethod
+    async def open(cls, config: GatewayConfig) -> Gateway:
+        """Open what lies in data_dir and begin to connect. Raises ConfigError: it cannot be used."""
+        tenants = Tenants(load_secret(config.data_dir / "secret"))
+        journal = await Journal.open(config.database_url, config.data_dir)
+        try:
+            gateway = cls(config, tenants, journal)
+            gateway.metrics.conversations.set(await journal.count_conversations())
+            await gateway._inference.start()
+            await gateway._hints.start()
+        except BaseException:
+            await journal.close()
+            raise
+        return gateway
+
+    def readiness(self) -> Readiness:
+        if not self._turns.is_accepting:
+            return Readiness(False, "stopping", "the server is shutting down")
+        if not self._inference.is_connected:
+            return Readiness(False, "starting", self._inference.reason)
+        if not self._hints.is_connected:
+            return Readiness(True, "degraded", "kvdaemon is not connected")
+        return Readiness(True, "ok")
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Refuse new turns, and bring those at hand to their end."""
+        await self._turns.drain(self._drain_s, hurry)
+
+    async def close(self) -> None:
+        await self._hints.stop()
+        await self._inference.stop()
+        await self._journal.close()
+
+    def _peers_changed(self) -> None:
+        self.metrics.inference_connected.set(self._inference.is_connected)
+        self.metrics.kvdaemon_connected.set(self._hints.is_connected)
+        self._dispatcher.pump()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, with signals left to us: we end the turns before the connections."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def http_server(gateway: Gateway) -> HttpServer:
+    return HttpServer(
+        uvicorn.Config(
+            gateway.app,
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WRITES_S,
+        )
+    )
+
+
+async def _serve(config: GatewayConfig, listener: socket.socket) -> None:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    gateway = await Gateway.open(config)
+    try:
+        await serve(gateway, listener, stop, hurry)
+    finally:
+        await gateway.close()
+
+
+async def serve(gateway: Gateway, listener: socket.socket, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Serve HTTP until `stop`, then end in order: refuse, let turns end, abort them, answer, close connections."""
+    server = http_server(gateway)
+    serving = asyncio.create_task(server.serve([listener]))
+    host, port = listener.getsockname()[:2]
+    log.info("gateway serves", host=host, port=port)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not serving.done():
+        log.info("gateway stops")
+        await gateway.drain(hurry)
+        server.should_exit = True
+    await serving

@@ -1,0 +1,175 @@
+"""A stand-in for the inference process, on the real transport. What it does is written in the last message.
+
+Its tokens are the bytes of UTF-8 and one end token, so that everything about an answer can be known beforehand. It
+remembers the contexts it served as a real one does: the part of a prompt that a parent turn left behind is a hit.
+
+    "tell me X"                     answers with `answer_to(messages)`, a token at a time
+    "... [slow 0.05] ..."           waits so many seconds before each token
+    "... [length N] ..."            answers N letters
+    "... [fail CODE] ..."           refuses with that error before it starts
+    "... [break N] ..."             fails with an internal error after N tokens
+    "... [bytes] ..."               ends its answer with a byte that is no UTF-8
+    "... [die N] ..."               kills its own process after N tokens, unless it is told to resume
+    "... [die-once N FILE] ..."     the same, only while FILE is not there; makes it
+    "... [bad-key] ...", "[bad-sum]", "[bad-text]"   break a promise of the protocol
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from protocol.errors import from_wire
+from protocol.ids import Message, digest, new_id, pack_tokens, turn_key, unpack_tokens
+from protocol.messages import (
+    Ack,
+    ChatMessage,
+    GetModel,
+    ModelInfo,
+    QueueOrder,
+    RunTurn,
+    TurnDelta,
+    TurnDone,
+    TurnStarted,
+    TurnUsage,
+)
+from protocol.rpc import Call, RpcServer
+
+END = 256
+MODEL = "scripted-1"
+
+
+def render(messages: Sequence[ChatMessage]) -> list[int]:
+    """The prompt's tokens."""
+    return list("".join(f"<{m.role}>{m.content}" for m in messages).encode())
+
+
+def answer_to(messages: Sequence[ChatMessage]) -> bytes:
+    """The whole answer, before any limit."""
+    asked = messages[-1].content
+    if match := re.search(r"\[length (\d+)\]", asked):
+        return b"abcdefghij"[: int(match[1])].ljust(int(match[1]), b"z")
+    plain = re.sub(r" ?\[.*?\]", "", asked)
+    said = f"You said: {plain} ✓".encode()
+    return said + b"\xff" if "[bytes]" in asked else said
+
+
+class ScriptedInference:
+    """In a loop of the test's process, or as a process of its own by `main`."""
+
+    def __init__(self, endpoint: str, max_running: int = 4, weights: bytes = b"weights") -> None:
+        self.model = ModelInfo(MODEL, digest("test", weights), digest("test", b"template"), 4096, max_running)
+        self.turns: list[RunTurn] = []
+        self.running = 0
+        self.most_running = 0
+        self.cancelled = 0
+        self.hold = asyncio.Event()  # cleared: turns start, and sample nothing
+        self.hold.set()
+        self.server = RpcServer(endpoint, "inference", {GetModel: self._get_model, RunTurn: self._run_turn})
+
+    async def _get_model(self, call: Call, message: GetModel) -> ModelInfo:
+        return self.model
+
+    async def _run_turn(self, call: Call, turn: RunTurn) -> TurnDone:
+        self.turns.append(turn)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await self._answer(call, turn)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _answer(self, call: Call, turn: RunTurn) -> TurnDone:
+        asked = turn.messages[-1].content
+        if match := re.search(r"\[fail (\w+)\]", asked):
+            raise from_wire(match[1], "as scripted", "messages" if "context" in match[1] else None)
+        prompt = render(turn.messages)
+        await call.send(TurnStarted(len(prompt)))
+        await self.hold.wait()
+        whole = answer_to(turn.messages)
+        finish_reason = "stop"
+        tokens = [*whole, END]
+        if turn.sampling.max_tokens and turn.sampling.max_tokens < len(tokens):
+            tokens, finish_reason = tokens[: turn.sampling.max_tokens], "length"
+        pause = re.search(r"\[slow ([\d.]+)\]", asked)
+        broken = re.search(r"\[break (\d+)\]", asked)
+        resumed = len(unpack_tokens(turn.resume_tokens))
+        for at in range(resumed, len(tokens)):
+            if pause:
+                await asyncio.sleep(float(pause[1]))
+            if broken and at >= int(broken[1]):
+                raise RuntimeError("as scripted")
+            _maybe_die(asked, at, resumed)
+            text = _final_text(tokens, at + 1, len(tokens))[len(_final_text(tokens, at, len(tokens))) :]
+            await call.send(TurnDelta(text, pack_tokens(tokens[at : at + 1])))
+        text = _final_text(tokens, len(tokens), len(tokens))
+        if "[bad-text]" in asked:
+            text = "never streamed"
+        key = turn_key(turn.request_key, Message("assistant", text))
+        hit = min(turn.parent_tokens, len(prompt))
+        usage = TurnUsage(len(prompt), len(tokens), dram=hit, computed=len(prompt) - hit + ("[bad-sum]" in asked))
+        return TurnDone(
+            finish_reason,
+            new_id() if "[bad-key]" in asked else key,
+            text,
+            pack_tokens(tokens),
+            usage,
+            pack_tokens(prompt) if turn.return_prompt_tokens else b"",
+            prefill_s=0.001,
+        )
+
+
+def _final_text(tokens: Sequence[int], upto: int, total: int) -> str:
+    """The text that is final after `upto` tokens: a character that is not whole waits for its rest."""
+    raw = bytes(token for token in tokens[:upto] if token != END)
+    if upto == total:
+        return raw.decode("utf-8", "replace")
+    for cut in range(len(raw), max(-1, len(raw) - 4), -1):
+        try:
+            return raw[:cut].decode()
+        except UnicodeDecodeError:
+            continue
+    return ""
+
+
+def _maybe_die(asked: str, at: int, resumed: int) -> None:
+    die = re.search(r"\[die (\d+)\]", asked)
+    once = re.search(r"\[die-once (\d+) (\S+)\]", asked)
+    if die and at == int(die[1]) and not resumed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if once and at == int(once[1]) and not Path(once[2]).exists():
+        Path(once[2]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RecordingDaemon:
+    """A stand-in for kvdaemon that notes the hints."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.orders: list[tuple[bytes, ...]] = []
+        self.server = RpcServer(endpoint, "kvdaemon", {QueueOrder: self._queue_order})
+
+    async def _queue_order(self, call: Call, message: QueueOrder) -> Ack:
+        self.orders.append(message.turn_keys)
+        return Ack()
+
+
+async def main(endpoint: str, max_running: int) -> None:
+    await ScriptedInference(endpoint, max_running).server.start()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--max-running", type=int, default=4)
+    given = parser.parse_args()
+    asyncio.run(main(given.endpoint, given.max_running))
