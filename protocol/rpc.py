@@ -426,7 +426,8 @@ class RpcClient:
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises PeerUnavailable: no hello answered in time; the text says what stood against it."""
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
         except TimeoutError:
             raise PeerUnavailable(
                 f"{self.endpoint} did not answer in {timeout_s:g} s {self.last_error}".strip()
@@ -524,7 +525,8 @@ class RpcClient:
 
     async def _next(self, pending: _Pending, wait_s: float, message: Any) -> Frame:
         try:
-            reply = await asyncio.wait_for(pending.replies.get(), max(0.0, wait_s))
+            async with asyncio.timeout(max(0.0, wait_s)):
+                reply = await pending.replies.get()
         except TimeoutError:
             raise PeerTimeout(f"{self.endpoint} did not answer {type(message).__name__} in {wait_s:.3g} s") from None
         if isinstance(reply, Exception):
@@ -609,8 +611,10 @@ class RpcClient:
                 await self._sleep(1.0)
 
     async def _sleep(self, seconds: float) -> None:
+        # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that arrives together with the event.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
         self._wake.clear()
 
 

@@ -541,6 +541,22 @@ def test_stopping_a_client_fails_its_open_requests(endpoint: str) -> None:
     run(main())
 
 
+def test_a_client_stops_at_any_moment(endpoint: str) -> None:
+    """Also when a connection event arrives in the very moment of the stop."""
+
+    async def main() -> None:
+        async with serving(endpoint, {}):
+            for turn in range(60):
+                client = RpcClient(endpoint, "cli")
+                await client.start()
+                for _ in range(turn % 20):
+                    await asyncio.sleep(0)
+                client._wake.set()
+                await asyncio.wait_for(client.stop(), 5)
+
+    run(main())
+
+
 def test_a_second_server_on_the_same_endpoint_is_refused(endpoint: str) -> None:
     """ZeroMQ by itself would steal the path of an ipc endpoint from the first."""
 
