@@ -8,6 +8,7 @@ keyed with a secret of this server, so that knowing a token's digest is of no us
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -73,20 +74,16 @@ def load_secret(path: Path) -> bytes:
 def _create(path: Path) -> None:
     """Whole or not at all, also when the machine loses power, and never over a secret that is there."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, os.urandom(SECRET_BYTES))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.write(fd, os.urandom(SECRET_BYTES))
+        os.fsync(fd)
         try:
             os.link(temporary, path)
         except FileExistsError:  # another process was first; its secret counts
             pass
-        temporary.unlink()
         os.fsync(directory)
     finally:
+        os.unlink(temporary)
+        os.close(fd)
         os.close(directory)

@@ -23,3 +23,13 @@ def served(directory: Path) -> Iterator[ServedGateway]:
     gateway = ServedGateway(directory)
     yield gateway
     gateway.close()
+
+
+@pytest.fixture(scope="module")
+def served_once() -> Iterator[ServedGateway]:
+    """One gateway for a whole file of tests that must change nothing in it."""
+    path = Path(tempfile.mkdtemp(prefix="ca-gw-"))
+    gateway = ServedGateway(path)
+    yield gateway
+    gateway.close()
+    shutil.rmtree(path)
