@@ -1,0 +1,35 @@
+"""Configuration of the storage daemon: one frozen struct, built once at start and passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protocol.errors import ConfigError
+from protocol.rpc import Curve
+
+
+@dataclass(frozen=True)
+class KvDaemonConfig:
+    """run_dir: a directory on tmpfs, for the arena, sockets and client locks. data_dir: a directory on disk.
+
+    dram_bytes: size of the arena. ssd_bytes: physical bytes RocksDB may take; 0 switches the SSD tier off.
+    verify: which resident chunks readers are asked to check against their checksums.
+    """
+
+    run_dir: Path
+    data_dir: Path
+    endpoint: str
+    dram_bytes: int
+    ssd_bytes: int
+    verify: Literal["sample", "always"] = "sample"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9102
+    curve: Curve | None = None
+
+    def __post_init__(self) -> None:
+        if self.dram_bytes < 1:
+            raise ConfigError(f"{self.dram_bytes} bytes of DRAM are not enough", param="dram")
+        if self.ssd_bytes < 0:
+            raise ConfigError(f"{self.ssd_bytes} bytes of SSD make no sense; 0 switches the tier off", param="ssd")

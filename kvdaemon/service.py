@@ -1,0 +1,442 @@
+"""The front process: one event loop that owns all state and answers inference, gateway and command line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
+
+from kvdaemon import adoption
+from kvdaemon.config import KvDaemonConfig
+from kvdaemon.dram import DramTier
+from kvdaemon.fetch import Fetcher
+from kvdaemon.manifests import ManifestStore
+from kvdaemon.placement.lru import LeastRecentlyUsed
+from kvdaemon.prefetch import Prefetcher
+from kvdaemon.ssd.client import SsdLink
+from kvdaemon.store import MAX_LEASE_MS, Store, intact
+from kvdaemon.write_behind import WriteBehind
+from monitoring.kvdaemon_metrics import KvDaemonMetrics
+from monitoring.logs import get_logger
+from monitoring.registry import new_registry
+from monitoring.status_server import Readiness, StatusServer
+from protocol.arena import Geometry, client_is_alive, exclusive
+from protocol.errors import CapacityError, ConfigError, InvalidRequest, PeerProtocolError, PeerUnavailable
+from protocol.messages import (
+    Ack,
+    Acquire,
+    Acquired,
+    Commit,
+    Committed,
+    GetManifest,
+    GetStatus,
+    ManifestReply,
+    OpenStore,
+    Quarantine,
+    QueueOrder,
+    Release,
+    Reserve,
+    Reserved,
+    SaveManifest,
+    SsdRecord,
+    StoreOpened,
+    StoreStatus,
+    TierStatus,
+    Unreserve,
+)
+from protocol.rpc import Call, Peer, RpcServer
+
+log = get_logger(__name__)
+
+_SWEEP_S = 0.5  # leases and clients are looked at this often
+_SSD_START_S = 10.0  # a start waits this long for the SSD tier, then serves from DRAM
+_MANIFEST_WAIT_S = 0.05  # a save waits this long for the disk
+_STOP_DRAIN_S = 5.0
+_FORMAT_AGAIN_S = 3.0  # after an arena could not be made, clients that ask again are told so without another try
+
+
+class KvDaemon:
+    """The storage daemon. Start and stop it on one event loop."""
+
+    def __init__(self, config: KvDaemonConfig) -> None:
+        registry = new_registry()
+        self.metrics = KvDaemonMetrics(registry)
+        self._config = config
+        self._registry = registry
+        self._locks = contextlib.ExitStack()
+        self._clients: set[bytes] = set()  # that opened the store
+        self._opening = asyncio.Lock()  # the arena is being replaced, or must not be
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._phase: Literal["starting", "serving", "stopping"] = "starting"
+        self._arena_problem = ""
+        self._arena_failed_s = float("-inf")
+        self.ssd: SsdLink | None = None
+        if config.ssd_bytes:
+            self.ssd = SsdLink(
+                config.run_dir,
+                config.data_dir / "ssd",
+                config.ssd_bytes,
+                on_listed=self._ssd_listed,
+            )
+        self.store = Store(LeastRecentlyUsed(), self, self.metrics, config.verify)
+        self.manifests = ManifestStore(self.ssd)
+        self.fetcher = Fetcher(self.store, self.ssd, self.metrics)
+        self.prefetcher = Prefetcher(self.store, self.manifests, self.fetcher)
+        self.write_behind = (
+            WriteBehind(self.store, self.ssd, config.ssd_bytes, self.metrics) if self.ssd is not None else None
+        )
+        self._status_server: StatusServer | None = None
+        self._server = RpcServer(
+            config.endpoint,
+            "kvdaemon",
+            {
+                OpenStore: self._open_store,
+                GetManifest: self._get_manifest,
+                SaveManifest: self._save_manifest,
+                Acquire: self._acquire,
+                Release: self._release,
+                Quarantine: self._quarantine,
+                Reserve: self._reserve,
+                Unreserve: self._unreserve,
+                Commit: self._commit,
+                QueueOrder: self._queue_order,
+                GetStatus: self._get_status,
+            },
+            curve=config.curve,
+            on_peer_lost=self._peer_lost,
+            observe=self.metrics.answered,
+        )
+        self._watch()
+
+    # -- the SSD tier's state, as the store asks for it ------------------------------------------------------
+
+    @property
+    def can_read(self) -> bool:
+        return self.ssd is not None and self.ssd.can_move_chunks
+
+    @property
+    def can_write(self) -> bool:
+        return self.can_read and self.write_behind is not None and self.write_behind.can_write
+
+    # -- start and stop -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Adopt what an earlier daemon left, then serve.
+
+        Raises ConfigError: another daemon uses one of the directories, or a port or socket is taken.
+        """
+        config = self._config
+        try:
+            config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make {error.filename}: {error.strerror}", param="data_dir") from error
+        try:
+            self._locks.enter_context(exclusive(config.data_dir / "kvdaemon.lock", "kvdaemon"))
+            self._locks.enter_context(exclusive(config.run_dir / "kvdaemon.lock", "kvdaemon"))
+            self._status_server = StatusServer(
+                config.metrics_host, config.metrics_port, self._registry, self._readiness
+            )
+            await self._start_ssd()
+            await self._adopt()
+            if self.ssd is not None and not await self.ssd.wait_up(_SSD_START_S):
+                log.warning("serving without the SSD tier for now", reason=self.ssd.problem)
+            await self._server.start()
+        except BaseException:
+            await self.stop()
+            raise
+        self._keep(self._sweep)
+        self._keep(self.prefetcher.run)
+        if self.write_behind is not None:
+            self._keep(self.write_behind.run)
+            self._keep(self.write_behind.keep_cap)
+            self._keep(self.manifests.write_behind)
+        self._phase = "serving"
+        log.info("kvdaemon serves", endpoint=config.endpoint, dram_bytes=config.dram_bytes, ssd_bytes=config.ssd_bytes)
+
+    async def stop(self) -> None:
+        """Refuse new work, bring what is dirty to SSD within a limit, end the worker. The arena stays as it is."""
+        was_serving, self._phase = self._phase == "serving", "stopping"
+        await self._server.stop()
+        if was_serving and self.write_behind is not None:
+            await self.manifests.wait_saved(_STOP_DRAIN_S)
+            await self.write_behind.drain(_STOP_DRAIN_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.ssd is not None:
+            await self.ssd.stop()
+        await self.fetcher.drain()
+        if self.store.dram is not None:
+            self.store.dram.arena.close()
+        if self._status_server is not None:
+            await asyncio.to_thread(self._status_server.close)
+        self._locks.close()
+
+    @property
+    def metrics_port(self) -> int:
+        assert self._status_server is not None
+        return self._status_server.port
+
+    async def _start_ssd(self) -> None:
+        if self.ssd is None:
+            return
+        try:
+            await self.ssd.start()
+        except PeerUnavailable as error:
+            raise ConfigError(error.message, param="run_dir") from error
+
+    async def _adopt(self) -> None:
+        """Take over the arena of an earlier daemon. One that cannot be trusted is deleted."""
+        path = self._config.run_dir / "arena"
+        try:
+            arena = await asyncio.to_thread(adoption.open_left_behind, path, self._config.dram_bytes)
+        except PeerProtocolError as error:
+            log.error("the arena left behind is damaged; starting with an empty one", reason=error.message)
+            self.metrics.corrupt("arena")
+            path.unlink()
+            return
+        if arena is None:
+            return
+        findings = await asyncio.to_thread(adoption.survey, arena)
+        if findings.damaged:
+            log.error("damaged slots in the arena are freed", slots=findings.damaged)
+            self.metrics.corrupt("adoption", findings.damaged)
+        chunks = self.store.bind(DramTier(arena, findings.occupied), findings.ready)
+        log.info("arena adopted", chunks=chunks, slots=arena.slots)
+        if self.ssd is not None:
+            await self.ssd.attach(arena)
+
+    def _keep(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run an endless loop beside the requests; a bug in it is logged, and the loop goes on."""
+
+        async def guarded() -> None:
+            while True:
+                try:
+                    await work()
+                except Exception:
+                    log.exception("a background loop failed and starts again")
+                    await asyncio.sleep(1.0)
+
+        self._track(asyncio.ensure_future(guarded()))
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- opening the store --------------------------------------------------------------------------------
+
+    async def _open_store(self, call: Call, request: OpenStore) -> StoreOpened:
+        geometry = Geometry.from_message(request.geometry)
+        client = call.peer.client_id
+        if not client_is_alive(self._config.run_dir, client):
+            raise InvalidRequest("take a ClientLock in the daemon's run_dir before opening the store")
+        # Making an arena outlives the request that asked for it: its client asks again and finds it made.
+        task = asyncio.ensure_future(self._open(client, geometry))
+        self._track(task)
+        await asyncio.shield(task)
+        assert self.store.dram is not None
+        arena = self.store.dram.arena
+        return StoreOpened(str(arena.path.resolve()), arena.arena_id, arena.slots, MAX_LEASE_MS)
+
+    async def _open(self, client: bytes, geometry: Geometry) -> None:
+        async with self._opening:
+            dram = self.store.dram
+            if dram is None or dram.arena.geometry != geometry:
+                in_use = (self._clients | dram.owners()) if dram is not None else frozenset()
+                if any(client_is_alive(self._config.run_dir, other) for other in in_use - {client}):
+                    raise CapacityError("the store is in use by a model with another KV geometry")
+                await self._format(geometry)
+            # It says with this that none of its threads writes into its old slots any more.
+            freed = self.store.forget_reservations(client)
+            self._clients.add(client)
+            log.info("store opened", client=client.hex(), slots_given_back=freed)
+
+    async def _format(self, geometry: Geometry) -> None:
+        """Make the arena anew. Raises CapacityError, and there is no arena then."""
+        if time.monotonic() - self._arena_failed_s < _FORMAT_AGAIN_S:
+            raise CapacityError(self._arena_problem)
+        if self.store.dram is not None:
+            log.warning("the arena is formatted anew: another KV geometry", chunks=self.store.index.dram_chunks)
+            if self.write_behind is not None:
+                await self.write_behind.drain(_STOP_DRAIN_S)
+            if self.ssd is not None:
+                await self.ssd.attach(None)
+            await self.fetcher.drain()
+            old = self.store.dram.arena
+            self.store.unbind()
+            old.close()
+        path = self._config.run_dir / "arena"
+        try:
+            arena = await asyncio.to_thread(adoption.make, path, geometry, self._config.dram_bytes)
+        except CapacityError as error:
+            self._arena_problem, self._arena_failed_s = error.message, time.monotonic()
+            log.error("no arena", reason=error.message)
+            raise
+        self._arena_problem = ""
+        self.store.bind(DramTier(arena))
+        if self.ssd is not None:
+            await self.ssd.attach(arena)
+        log.info("arena made", slots=arena.slots, bytes=arena.size_bytes)
+
+    def _opened_by(self, call: Call) -> bytes:
+        if call.peer.client_id not in self._clients:
+            raise InvalidRequest("open the store first")
+        return call.peer.client_id
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    async def _acquire(self, call: Call, request: Acquire) -> Acquired:
+        reply, reads = self.store.acquire(self._opened_by(call), request, time.monotonic())
+        if reads:
+            self.fetcher.start(reads)
+        return reply
+
+    async def _release(self, call: Call, request: Release) -> Ack:
+        self.store.release(self._opened_by(call), request.lease_id)
+        return Ack()
+
+    async def _reserve(self, call: Call, request: Reserve) -> Reserved:
+        return Reserved(tuple(self.store.reserve(self._opened_by(call), request.count)))
+
+    async def _unreserve(self, call: Call, request: Unreserve) -> Ack:
+        self.store.unreserve(self._opened_by(call), request.slots)
+        return Ack()
+
+    async def _commit(self, call: Call, request: Commit) -> Committed:
+        return Committed(self.store.commit(self._opened_by(call), request.chunks))
+
+    async def _quarantine(self, call: Call, request: Quarantine) -> Ack:
+        """A reader's word is checked: it may itself have copied wrongly, and chunks are shared."""
+        self._opened_by(call)
+        async with self._opening:
+            chunk = self.store.resident(request.slot, request.generation, request.chunk_id)
+            if chunk is None or self.store.dram is None:
+                return Ack()  # gone already
+            if await asyncio.to_thread(intact, self.store.dram.arena, request.slot):
+                return Ack()
+            if self.store.resident(request.slot, request.generation, request.chunk_id) is chunk:
+                log.error("a chunk in DRAM is corrupt", chunk=request.chunk_id.hex())
+                self.store.quarantine(chunk)
+        return Ack()
+
+    async def _get_manifest(self, call: Call, request: GetManifest) -> ManifestReply:
+        return await self.manifests.get(request.turn_key)
+
+    async def _save_manifest(self, call: Call, request: SaveManifest) -> Ack:
+        await self.manifests.save(request.manifest, _MANIFEST_WAIT_S)
+        return Ack()
+
+    async def _queue_order(self, call: Call, request: QueueOrder) -> Ack:
+        self.prefetcher.follow(request.turn_keys)
+        return Ack()
+
+    async def _get_status(self, call: Call, request: GetStatus) -> StoreStatus:
+        problem = self._problem()
+        return StoreStatus(
+            "degraded" if problem else "ok",
+            problem,
+            TierStatus(self._dram_capacity(), self._dram_bytes(), self.store.index.dram_chunks),
+            TierStatus(self._config.ssd_bytes, self.store.index.ssd_bytes, self.store.index.ssd_chunks),
+            leases=len(self.store.leases),
+            reserved_slots=self._reserved_slots(),
+            manifests=len(self.manifests),
+        )
+
+    # -- clients, time, health --------------------------------------------------------------------------------
+
+    def _peer_lost(self, peer: Peer) -> None:
+        self._bury_if_dead(peer.client_id)
+
+    async def _sweep(self) -> None:
+        while True:
+            self.store.expire(time.monotonic())
+            owners = self.store.dram.owners() if self.store.dram is not None else frozenset()
+            for client in self._clients | owners:
+                self._bury_if_dead(client)
+            await asyncio.sleep(_SWEEP_S)
+
+    def _bury_if_dead(self, client: bytes) -> None:
+        """Silence alone proves nothing: a stopped process may go on writing. The kernel's lock does."""
+        if not client_is_alive(self._config.run_dir, client):
+            self.store.client_died(client)
+            self._clients.discard(client)
+
+    def _ssd_listed(self, records: list[SsdRecord]) -> None:
+        self.store.merge_listing(records)
+        self.metrics.worker_started()
+
+    def _problem(self) -> str:
+        """Why the store is degraded; empty where it is not. From any thread."""
+        if self._arena_problem:
+            return self._arena_problem
+        if self.ssd is None or self.write_behind is None:
+            return ""
+        return self.ssd.problem or self.write_behind.problem
+
+    def _readiness(self) -> Readiness:
+        if self._phase != "serving":
+            return Readiness(False, "starting" if self._phase == "starting" else "stopping")
+        problem = self._problem()
+        return Readiness(True, "degraded" if problem else "ok", problem)
+
+    # -- metrics --------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        index, metrics = self.store.index, self.metrics
+        metrics.watch_tier("dram", lambda: index.dram_chunks, self._dram_bytes, self._dram_capacity)
+        metrics.watch_tier(
+            "ssd", lambda: index.ssd_chunks, lambda: index.ssd_bytes, lambda: float(self._config.ssd_bytes)
+        )
+        metrics.watch("leases", "Open leases", lambda: len(self.store.leases))
+        metrics.watch("reserved_slots", "Slots being filled by inference", self._reserved_slots)
+        metrics.watch("manifests", "Saved contexts in memory", lambda: len(self.manifests))
+        metrics.watch("write_behind_queue", "Chunks in DRAM that are not on SSD yet", lambda: index.dirty_chunks)
+        metrics.watch("manifest_queue", "Saved contexts not on SSD yet", lambda: self.manifests.waiting)
+        metrics.watch(
+            "ssd_physical_bytes",
+            "What RocksDB takes on the disk, garbage included",
+            lambda: self.write_behind.physical_bytes if self.write_behind is not None else 0,
+        )
+        metrics.watch("degraded", "1 while a tier is missing", lambda: float(bool(self._problem())))
+
+    def _dram_capacity(self) -> int:
+        dram = self.store.dram
+        return dram.slots * dram.arena.geometry.slot_bytes if dram is not None else self._config.dram_bytes
+
+    def _dram_bytes(self) -> int:
+        dram = self.store.dram
+        return (dram.slots - dram.free_slots) * dram.arena.geometry.slot_bytes if dram is not None else 0
+
+    def _reserved_slots(self) -> int:
+        return self.store.dram.reserved_slots if self.store.dram is not None else 0
+
+
+def run(config: KvDaemonConfig) -> int:
+    """Serve until SIGTERM or SIGINT, stop in order, return 0. Raises ConfigError before serving."""
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: KvDaemonConfig) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    daemon = KvDaemon(config)
+    starting = asyncio.ensure_future(daemon.start())
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # a signal during a long adoption
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        stopped.cancel()
+        return 0
+    if starting.exception() is not None:
+        stopped.cancel()
+    starting.result()
+    await stopped
+    await daemon.stop()
+    return 0

@@ -1,0 +1,284 @@
+"""RocksDB as we use it: three column families, and what is a key and a value in each.
+
+    layers     chunk id + layer (2 bytes, big-endian)  ->  keys, then values, of the chunk's tokens
+    chunks     chunk id                                ->  ChunkRecord, MessagePack
+    manifests  turn key                                ->  seconds since 1970 (8 bytes), then the message's frame
+
+A chunk is written in one atomic batch without the write-ahead log: it is in DRAM too, and losing the last seconds of
+them costs recomputing. Manifests are small and precious and go through the log.
+
+Measured here (80 chunks of 6 MiB, 512 KiB a value): plain tables read 5.4 to 6.7 GB/s from the page cache against 3.5
+to 4.2 of separated blobs, equal from the disk (0.7); direct I/O reads 0.5 to 0.7 always. So: plain tables, buffered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import msgpack
+import rocksdict
+
+from protocol.codec import Frame, decode, encode
+from protocol.errors import CachedAttentionError, CapacityError, PeerError, PeerProtocolError
+from protocol.ids import ID_BYTES
+from protocol.messages import Manifest
+
+_MIB = 1024 * 1024
+_MEMTABLE_BYTES = 16 * _MIB  # at most three per column family, of which only `layers` ever fills one
+_BLOCK_CACHE_BYTES = 4 * _MIB  # index and filter blocks and records; layers are read once and copied to the arena
+_OPEN_FILES = 256
+_SAVED_AT = struct.Struct(">d")
+_FAMILIES = ("layers", "chunks", "manifests")
+
+
+class DamagedDatabase(PeerError):
+    """RocksDB reports corruption of the database itself, not of one record of ours."""
+
+
+class Stalled(PeerError):
+    """RocksDB cannot take a write right now; later it will."""
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What the SSD tier knows of a chunk. checksums: xxh3-64 of each layer's keys, then values."""
+
+    chunk_id: bytes
+    parent_id: bytes
+    namespace: bytes
+    geometry: bytes
+    tokens: int
+    size_bytes: int
+    written_s: float
+    checksums: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        return bytes(msgpack.packb(astuple(self)[1:]))
+
+    @classmethod
+    def unpack(cls, chunk_id: bytes, raw: bytes) -> ChunkRecord:
+        """Raises PeerProtocolError: not a record."""
+        try:
+            parent, namespace, geometry, tokens, size, written_s, checksums = msgpack.unpackb(raw, use_list=False)
+            record = cls(chunk_id, parent, namespace, geometry, int(tokens), int(size), float(written_s), checksums)
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise PeerProtocolError(f"damaged record of chunk {chunk_id.hex()}") from error
+        ids = (record.chunk_id, parent, namespace, geometry)
+        if any(not isinstance(i, bytes) or len(i) != ID_BYTES for i in ids) or not isinstance(checksums, tuple):
+            raise PeerProtocolError(f"damaged record of chunk {chunk_id.hex()}")
+        return record
+
+
+class Tables:
+    """An open database. One thread at a time; every call may take as long as the disk does."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the database. Raises DamagedDatabase, CapacityError, PeerError: the disk says no."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path = path
+        with _translated():
+            self._db = rocksdict.Rdict(
+                str(path), options=_options(), column_families={name: _options() for name in _FAMILIES}
+            )
+        self._layers, self._chunks, self._manifests = (self._db.get_column_family(name) for name in _FAMILIES)
+        self._handles = {name: self._db.get_column_family_handle(name) for name in _FAMILIES}
+        self._unlogged = rocksdict.WriteOptions()
+        self._unlogged.disable_wal = True  # type: ignore[method-assign,assignment]  # a property; the stub says method
+        # A stalled write would hold the interpreter lock, and the heartbeat with it; a refused one is tried again.
+        self._unlogged.no_slowdown = True
+        self.has_unflushed_chunks = False
+
+    # -- chunks -------------------------------------------------------------------------------------------
+
+    def put_chunk(self, record: ChunkRecord, layers: Sequence[bytes]) -> None:
+        """Write a chunk atomically. Raises CapacityError: the disk is full; Stalled; DamagedDatabase; PeerError."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for layer, value in enumerate(layers):
+            batch.put(_layer_key(record.chunk_id, layer), value, self._handles["layers"])
+        batch.put(record.chunk_id, record.pack(), self._handles["chunks"])
+        with _translated():
+            self._db.write(batch, self._unlogged)
+        self.has_unflushed_chunks = True
+
+    def record(self, chunk_id: bytes) -> ChunkRecord | None:
+        """The chunk's record, or None. Raises PeerProtocolError: damaged."""
+        raw = _value(self._chunks, chunk_id)
+        return None if raw is None else ChunkRecord.unpack(chunk_id, raw)
+
+    def layer(self, chunk_id: bytes, layer: int) -> bytes | None:
+        """A layer's keys, then values, unverified; or None. Raises PeerProtocolError: RocksDB finds it damaged."""
+        return _value(self._layers, _layer_key(chunk_id, layer))
+
+    def records(self, after: bytes, limit: int) -> Iterator[ChunkRecord | bytes]:
+        """Up to `limit` records in key order after `after`; of a damaged one its bare id."""
+        cursor = self._chunks.iter()
+        if after:
+            cursor.seek(after)
+            if cursor.valid() and cursor.key() == after:
+                cursor.next()
+        else:
+            cursor.seek_to_first()
+        while cursor.valid() and limit > 0:
+            chunk_id = bytes(cursor.key())
+            try:
+                yield ChunkRecord.unpack(chunk_id, bytes(cursor.value()))
+            except PeerProtocolError:
+                yield chunk_id
+            cursor.next()
+            limit -= 1
+
+    def delete_chunks(self, chunk_ids: Sequence[bytes]) -> None:
+        """Forget chunks; ids that are not there do no harm. The space returns with compaction."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for chunk_id in chunk_ids:
+            try:
+                record = self.record(chunk_id)
+            except PeerProtocolError:
+                record = None
+            if record is not None:
+                for layer in range(len(record.checksums)):
+                    batch.delete(_layer_key(chunk_id, layer), self._handles["layers"])
+            else:
+                # Nothing says how many layers there are. Rare, for every range slows later reads a little.
+                batch.delete_range(chunk_id, chunk_id + b"\xff\xff\xff", self._handles["layers"])
+            batch.delete(chunk_id, self._handles["chunks"])
+        with _translated():
+            self._db.write(batch, self._unlogged)
+        self.has_unflushed_chunks = True
+
+    # -- manifests ----------------------------------------------------------------------------------------
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        value = _SAVED_AT.pack(time.time()) + encode(Frame("part", 0, manifest))
+        with _translated():
+            self._manifests.put(manifest.turn_key, value)
+
+    def manifest(self, turn_key: bytes) -> Manifest | None:
+        """Raises PeerProtocolError: damaged."""
+        raw = _value(self._manifests, turn_key)
+        if raw is None:
+            return None
+        body = decode(raw[_SAVED_AT.size :]).body
+        if not isinstance(body, Manifest) or body.turn_key != turn_key:
+            raise PeerProtocolError(f"damaged manifest {turn_key.hex()}")
+        return body
+
+    def delete_manifest(self, turn_key: bytes) -> None:
+        with _translated():
+            self._manifests.delete(turn_key)
+
+    def drop_oldest_manifests(self, share: float) -> int:
+        """Delete this share of the manifests, the oldest by when they were saved. Returns how many."""
+        saved: list[tuple[bytes, bytes]] = []
+        for turn_key, value in self._manifests.items():
+            assert isinstance(turn_key, bytes)  # raw mode
+            saved.append((value[: _SAVED_AT.size], turn_key))
+        saved.sort()
+        victims = saved[: int(len(saved) * share)]
+        for _, turn_key in victims:
+            self.delete_manifest(turn_key)
+        return len(victims)
+
+    @property
+    def manifests(self) -> int:
+        """About how many manifests there are."""
+        return int(self._manifests.property_int_value("rocksdb.estimate-num-keys") or 0)
+
+    @property
+    def manifest_bytes(self) -> int:
+        """About how much they take."""
+        live = int(self._manifests.property_int_value("rocksdb.estimate-live-data-size") or 0)
+        return live + int(self._manifests.property_int_value("rocksdb.cur-size-all-mem-tables") or 0)
+
+    # -- the database -------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Make everything written so far survive this process. Raises as put_chunk."""
+        with _translated():
+            # Rdict.flush means one family. Layers before the records that speak of them: a crash in between leaves
+            # layers without a record, or after a delete a record without layers, which reads as missing.
+            for family in (self._layers, self._chunks, self._manifests):
+                family.flush()
+        self.has_unflushed_chunks = False
+
+    def compact(self) -> None:
+        """Rewrite the layers without what was deleted. Releases the interpreter lock; from a thread of its own."""
+        with _translated():
+            self._layers.compact_range(None, None)
+
+    def physical_bytes(self) -> int:
+        """What the database takes on the disk, garbage not yet compacted included."""
+        total = 0
+        for entry in os.scandir(self.path):
+            with contextlib.suppress(FileNotFoundError):  # RocksDB deletes files as we look
+                total += entry.stat().st_blocks * 512
+        return total
+
+    def close(self) -> None:
+        """Flush and close. Raises as put_chunk; closed all the same."""
+        try:
+            self.flush()
+        finally:
+            # Cuts a compaction short. Rdict.close would flush once more and fail for it; the last reference closes too.
+            self._db.cancel_all_background(True)
+            del self._layers, self._chunks, self._manifests, self._handles, self._db
+
+
+def _options() -> rocksdict.Options:
+    options = rocksdict.Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.create_missing_column_families(True)
+    # KV is noise to a compressor.
+    options.set_compression_type(rocksdict.DBCompressionType.none())
+    options.set_write_buffer_size(_MEMTABLE_BYTES)
+    options.set_max_write_buffer_number(3)
+    options.set_target_file_size_base(64 * _MIB)
+    options.set_max_open_files(_OPEN_FILES)
+    options.set_max_background_jobs(2)
+    # Without the log, a crash between the flushes of two families would leave a record without its layers.
+    options.set_atomic_flush(True)
+    options.set_keep_log_file_num(2)
+    options.set_max_log_file_size(4 * _MIB)
+    table = rocksdict.BlockBasedOptions()
+    table.set_block_cache(rocksdict.Cache(_BLOCK_CACHE_BYTES))
+    table.set_bloom_filter(10, False)
+    options.set_block_based_table_factory(table)
+    return options
+
+
+def _layer_key(chunk_id: bytes, layer: int) -> bytes:
+    return chunk_id + layer.to_bytes(2, "big")
+
+
+def _value(family: rocksdict.Rdict, key: bytes) -> bytes | None:
+    """Raises PeerProtocolError: RocksDB finds the block damaged; PeerError: the disk cannot be read."""
+    try:
+        with _translated():
+            value = family.get(key)
+    except DamagedDatabase as error:
+        raise PeerProtocolError(error.message) from error
+    return None if value is None else bytes(value)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """rocksdict raises bare Exceptions with RocksDB's status as text; make errors of ours of them."""
+    try:
+        yield
+    except CachedAttentionError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "No space" in text or "Quota" in text or "NoSpace" in text:
+            raise CapacityError(f"the disk is full: {text}") from error
+        if "Corruption" in text:
+            raise DamagedDatabase(text) from error
+        if "Incomplete" in text or "incomplete" in text:
+            raise Stalled(text) from error
+        raise PeerError(text) from error

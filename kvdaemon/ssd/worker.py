@@ -1,0 +1,452 @@
+"""The SSD worker: the process that owns RocksDB and moves chunks between it and the arena.
+
+rocksdict holds the interpreter lock inside get, put and write, so whoever calls it is deaf meanwhile: a process of its
+own, that nobody waits for. Its event loop answers the front; one thread does all database work, one small piece at a
+time, and `Turns` decides whose piece is next.
+
+Slots named in an SsdRead belong to the worker from the request until its reply or its death. The front frees none of
+them before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, Stalled, Tables
+from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
+from monitoring import logs
+from protocol.arena import Arena, SlotState, exclusive
+from protocol.errors import CachedAttentionError, CapacityError, InvalidRequest, PeerError, PeerProtocolError
+from protocol.messages import (
+    Ack,
+    AttachArena,
+    ManifestReply,
+    SsdDelete,
+    SsdGetManifest,
+    SsdList,
+    SsdPage,
+    SsdPutManifest,
+    SsdRead,
+    SsdReadDone,
+    SsdRecord,
+    SsdStatus,
+    SsdStatusRequest,
+    SsdWrite,
+    SsdWritten,
+)
+from protocol.rpc import Call, RpcServer
+
+T = TypeVar("T")
+log = logs.get_logger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_FLUSH_S = 2.0
+_PIECE_BYTES = 8 * 1024 * 1024  # read in one go before somebody else may have a turn
+_SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
+_WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
+_MANIFEST_SHARE = 0.1  # of the SSD tier's capacity
+DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
+
+
+@dataclass
+class _Arrival:
+    """One chunk of a read on its way. outcome: empty while it is."""
+
+    chunk_id: bytes
+    slot: int
+    generation: int
+    record: ChunkRecord | None = None
+    outcome: str = ""
+
+
+class SsdWorker:
+    """Answers the front. Handlers run on the event loop, `_in_thread` functions on the database thread."""
+
+    def __init__(self, endpoint: str, tables: Tables, capacity_bytes: int, moved_aside: str = "") -> None:
+        self.failed = asyncio.Event()  # RocksDB will not take writes any more: the process should end
+        self._tables = tables
+        self._capacity_bytes = capacity_bytes
+        self._moved_aside = moved_aside
+        self._arena: Arena | None = None
+        self._turns = Turns()
+        self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self._compaction = ThreadPoolExecutor(1, thread_name_prefix="compaction")
+        self._is_garbage_likely = False
+        self._write_failures = 0
+        self._error = ""
+        self._corrupt_records = 0
+        self._background: list[asyncio.Task[None]] = []
+        self._server = RpcServer(
+            endpoint,
+            "ssd",
+            {
+                AttachArena: self._attach,
+                SsdRead: self._read,
+                SsdWrite: self._write,
+                SsdDelete: self._delete,
+                SsdList: self._list,
+                SsdPutManifest: self._put_manifest,
+                SsdGetManifest: self._get_manifest,
+                SsdStatusRequest: self._status,
+            },
+        )
+
+    async def start(self) -> None:
+        """Raises ConfigError: the socket is taken."""
+        await self._server.start()
+        self._background = [asyncio.ensure_future(self._flush_often()), asyncio.ensure_future(self._stay_small())]
+
+    async def stop(self) -> None:
+        """Answer nobody any more, finish the piece at hand, flush, close."""
+        await self._server.stop()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        try:
+            await self._in_thread(self._tables.close)
+        finally:
+            self._database.shutdown()
+            self._compaction.shutdown(cancel_futures=True)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        """Run on the database thread, to its end even where the caller is cancelled: pieces never overlap."""
+        work = asyncio.get_running_loop().run_in_executor(self._database, function)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
+
+    def _attached(self) -> Arena:
+        if self._arena is None:
+            raise InvalidRequest("no arena is attached")
+        return self._arena
+
+    async def _attach(self, call: Call, request: AttachArena) -> Ack:
+        async with self._turns.turn(URGENT):
+            if self._arena is not None:
+                self._arena.close()
+                self._arena = None
+            arena = await self._in_thread(lambda: Arena.open(Path(request.path)))
+            if arena.arena_id != request.arena_id:
+                arena.close()
+                raise InvalidRequest(f"{request.path} is another arena by now", param="arena_id")
+            self._arena = arena
+        return Ack()
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    async def _read(self, call: Call, request: SsdRead) -> SsdReadDone:
+        arena = self._attached()
+        arrivals = [_Arrival(c.chunk_id, _checked_slot(arena, c.slot), c.generation) for c in request.chunks]
+        order = self._turns.order()
+        urgency = BACKGROUND if request.background else URGENT
+        async with self._turns.turn(urgency, order):
+            await self._in_thread(lambda: self._find(arena, arrivals))
+        per_piece = max(1, _PIECE_BYTES // arena.geometry.layer_bytes)
+        for layer in range(arena.geometry.layers):
+            coming = [arrival for arrival in arrivals if not arrival.outcome]
+            for start in range(0, len(coming), per_piece):
+                piece = coming[start : start + per_piece]
+                async with self._turns.turn(urgency, order):
+                    await self._in_thread(partial(self._bring, arena, piece, layer))
+        for arrival in arrivals:
+            arrival.outcome = arrival.outcome or "ok"
+        useless = [arrival.chunk_id for arrival in arrivals if arrival.outcome != "ok"]
+        if useless:
+            log.error("chunks on SSD that cannot be read are deleted", chunks=[chunk_id.hex() for chunk_id in useless])
+            await self._forget(useless)
+        return SsdReadDone(tuple(arrival.outcome for arrival in arrivals))
+
+    def _find(self, arena: Arena, arrivals: list[_Arrival]) -> None:
+        for arrival in arrivals:
+            try:
+                record = arrival.record = self._tables.record(arrival.chunk_id)
+            except PeerProtocolError:
+                arrival.outcome = "corrupt"
+                continue
+            if record is None or record.geometry != arena.geometry.digest():
+                arrival.outcome = "missing"
+            elif record.tokens > arena.geometry.chunk_tokens or len(record.checksums) != arena.geometry.layers:
+                arrival.outcome = "corrupt"
+
+    def _bring(self, arena: Arena, arrivals: list[_Arrival], layer: int) -> None:
+        """Read one layer of each chunk, verify it, copy it into its slot."""
+        geometry = arena.geometry
+        for arrival in arrivals:
+            record = arrival.record
+            assert record is not None
+            try:
+                value = self._tables.layer(arrival.chunk_id, layer)
+            except PeerProtocolError:
+                arrival.outcome = "corrupt"
+                continue
+            size = record.tokens * (geometry.key_bytes + geometry.value_bytes)
+            if value is None:
+                arrival.outcome = "missing"
+                continue
+            if len(value) != size or xxhash.xxh3_64_intdigest(value) != record.checksums[layer]:
+                arrival.outcome = "corrupt"
+                continue
+            if not _is_ours(arena, arrival):
+                arrival.outcome = "missing"
+                continue
+            key_view, value_view = arena.layer(arrival.slot, layer, record.tokens)
+            raw = np.frombuffer(value, dtype=np.uint8)
+            np.copyto(key_view, raw[: len(key_view)])
+            np.copyto(value_view, raw[len(key_view) :])
+            arena.set_layer_ready(arrival.slot, layer, record.checksums[layer])
+
+    async def _forget(self, chunk_ids: list[bytes]) -> None:
+        async with self._turns.turn(BACKGROUND):
+            with contextlib.suppress(PeerError, CapacityError):  # found corrupt again when read again
+                await self._in_thread(lambda: self._tables.delete_chunks(chunk_ids))
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    async def _write(self, call: Call, request: SsdWrite) -> SsdWritten:
+        arena = self._attached()
+        slot = _checked_slot(arena, request.slot)
+        while True:
+            try:
+                async with self._turns.turn(BACKGROUND):
+                    written = await self._in_thread(lambda: self._copy_out(arena, slot, request.generation))
+            except Stalled:
+                # RocksDB flushes or compacts behind its limit. Nobody waits for a write; reads go on meanwhile.
+                if time.monotonic() + 1.0 > call.deadline_s:
+                    raise CapacityError("the disk is too slow for what is saved") from None
+                await asyncio.sleep(0.1)
+                continue
+            except CapacityError as error:
+                self._error = error.message
+                raise
+            except PeerError as error:
+                self._note_failure(error)
+                raise
+            self._write_failures = 0
+            self._error = ""
+            return written
+
+    def _copy_out(self, arena: Arena, slot: int, generation: int) -> SsdWritten:
+        geometry = arena.geometry
+        chunk_id, tokens = arena.chunk_id(slot), arena.tokens(slot)
+        parent_id, namespace = arena.parent_id(slot), arena.namespace(slot)
+        if not arena.is_current(slot, generation, chunk_id) or arena.state(slot) is not SlotState.READY:
+            return SsdWritten(0, "stale")
+        if not 0 < tokens <= geometry.chunk_tokens:
+            return SsdWritten(0, "corrupt")
+        needed = tokens * geometry.token_bytes
+        if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
+            raise CapacityError(f"the disk of {self._tables.path} is full")
+        layers = [b"".join(view.data for view in arena.layer(slot, layer, tokens)) for layer in range(geometry.layers)]
+        checksums = tuple(arena.checksum(slot, layer) for layer in range(geometry.layers))
+        if not arena.is_current(slot, generation, chunk_id):
+            return SsdWritten(0, "stale")
+        if any(xxhash.xxh3_64_intdigest(value) != sum_ for value, sum_ in zip(layers, checksums, strict=True)):
+            return SsdWritten(0, "corrupt")
+        record = ChunkRecord(chunk_id, parent_id, namespace, geometry.digest(), tokens, needed, time.time(), checksums)
+        self._tables.put_chunk(record, layers)
+        return SsdWritten(needed, "ok")
+
+    def _note_failure(self, error: PeerError) -> None:
+        """RocksDB stays in an error state once it is there; a fresh process gets out of it."""
+        self._error = error.message
+        self._write_failures += 1
+        log.error("RocksDB refuses to write", reason=error.message, failures=self._write_failures)
+        if isinstance(error, DamagedDatabase):
+            (self._tables.path / DAMAGED_MARK).touch()
+            self.failed.set()
+        elif self._write_failures >= _WRITE_FAILURES:
+            self.failed.set()
+
+    async def _delete(self, call: Call, request: SsdDelete) -> Ack:
+        async with self._turns.turn(BACKGROUND):
+            await self._in_thread(lambda: self._tables.delete_chunks(request.chunk_ids))
+        self._is_garbage_likely = True
+        return Ack()
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    async def _list(self, call: Call, request: SsdList) -> SsdPage:
+        if not 1 <= request.limit <= 65536:
+            raise InvalidRequest("a page has 1 to 65536 records", param="limit")
+        async with self._turns.turn(URGENT):
+            found = await self._in_thread(lambda: list(self._tables.records(request.after, request.limit)))
+        damaged = [item for item in found if isinstance(item, bytes)]
+        if damaged:
+            self._corrupt_records += len(damaged)
+            await self._forget(damaged)
+        page = tuple(
+            SsdRecord(r.chunk_id, r.parent_id, r.namespace, r.tokens, r.size_bytes, r.written_s)
+            for r in found
+            if isinstance(r, ChunkRecord)
+        )
+        return SsdPage(page, more=len(found) == request.limit)
+
+    async def _put_manifest(self, call: Call, request: SsdPutManifest) -> Ack:
+        if shutil.disk_usage(self._tables.path).free < _SPARE_DISK_BYTES:
+            raise CapacityError(f"the disk of {self._tables.path} is full")
+        try:
+            async with self._turns.turn(URGENT):
+                await self._in_thread(lambda: self._tables.put_manifest(request.manifest))
+        except PeerError as error:
+            self._note_failure(error)
+            raise
+        return Ack()
+
+    async def _get_manifest(self, call: Call, request: SsdGetManifest) -> ManifestReply:
+        async with self._turns.turn(URGENT):
+            try:
+                manifest = await self._in_thread(lambda: self._tables.manifest(request.turn_key))
+            except PeerProtocolError as error:
+                log.error("corrupt manifest is deleted", reason=error.message)
+                self._corrupt_records += 1
+                with contextlib.suppress(PeerError, CapacityError):
+                    await self._in_thread(lambda: self._tables.delete_manifest(request.turn_key))
+                return ManifestReply(None, "corrupt")
+        return ManifestReply(manifest, "" if manifest is not None else "manifest_lost")
+
+    async def _status(self, call: Call, request: SsdStatusRequest) -> SsdStatus:
+        tables = self._tables
+        return SsdStatus(
+            tables.physical_bytes(), tables.manifests, self._error, self._moved_aside, self._corrupt_records
+        )
+
+    # -- keeping house ------------------------------------------------------------------------------------
+
+    async def _flush_often(self) -> None:
+        """Chunks have no log: what was not flushed dies with the process, so flush while it is little."""
+        while True:
+            await asyncio.sleep(_FLUSH_S)
+            if not self._tables.has_unflushed_chunks:
+                continue
+            try:
+                async with self._turns.turn(BACKGROUND):
+                    await self._in_thread(self._tables.flush)
+            except CapacityError as error:
+                self._error = error.message
+                self._note_failure(PeerError(error.message))  # a flush that failed is not taken up again by itself
+            except PeerError as error:
+                self._note_failure(error)
+
+    async def _stay_small(self) -> None:
+        """Give deleted chunks' space back when the tier is over its cap, and keep manifests to their share."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_FLUSH_S)
+            try:
+                if self._is_garbage_likely and self._tables.physical_bytes() > self._capacity_bytes:
+                    self._is_garbage_likely = False
+                    async with self._turns.turn(BACKGROUND):
+                        await self._in_thread(self._tables.flush)
+                    await loop.run_in_executor(self._compaction, self._tables.compact)
+                if self._tables.manifest_bytes > self._capacity_bytes * _MANIFEST_SHARE:
+                    async with self._turns.turn(BACKGROUND):
+                        dropped = await self._in_thread(lambda: self._tables.drop_oldest_manifests(0.25))
+                    log.info("oldest manifests dropped", manifests=dropped)
+            except (CapacityError, PeerError) as error:
+                log.warning("housekeeping failed", reason=error.message)
+
+
+def _is_ours(arena: Arena, arrival: _Arrival) -> bool:
+    current = arena.is_current(arrival.slot, arrival.generation, arrival.chunk_id)
+    return current and arena.state(arrival.slot) is SlotState.LOADING
+
+
+def _checked_slot(arena: Arena, slot: int) -> int:
+    if slot >= arena.slots:
+        raise InvalidRequest(f"there is no slot {slot}", param="slot")
+    return slot
+
+
+def open_tables(path: Path) -> tuple[Tables, str]:
+    """The database, and where a damaged one was moved to ("" where it was sound). Raises as Tables."""
+    moved_aside = ""
+    if (path / DAMAGED_MARK).exists():
+        moved_aside = _move_aside(path)
+    try:
+        return Tables(path), moved_aside
+    except CapacityError:
+        raise
+    except PeerError as error:
+        if "lock" in error.message.lower():  # another process has it open: it is not damaged
+            raise
+        log.error("RocksDB cannot be opened", reason=error.message)
+        moved_aside = _move_aside(path)
+        return Tables(path), moved_aside
+
+
+def _move_aside(path: Path) -> str:
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns() // 1_000_000}")
+    path.rename(aside)
+    log.error("the SSD tier starts empty; the damaged database was kept", kept=str(aside))
+    return str(aside)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when the thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:  # it died before the kernel knew our wish
+        sys.exit(0)
+
+
+async def _serve(arguments: argparse.Namespace) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    tables, moved_aside = open_tables(arguments.database)
+    worker = SsdWorker(f"ipc://{arguments.run_dir}/ssd.sock", tables, arguments.capacity_bytes, moved_aside)
+    await worker.start()
+    waits: list[asyncio.Task[Any]] = [asyncio.ensure_future(event.wait()) for event in (stop, worker.failed)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    try:
+        await worker.stop()
+    except (CapacityError, PeerError) as error:
+        log.error("the last chunks could not be flushed", reason=error.message)
+        return 1
+    return 1 if worker.failed.is_set() else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The SSD worker; started by kvdaemon.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--database", type=Path, required=True)
+    parser.add_argument("--capacity-bytes", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text", choices=("text", "json"))
+    arguments = parser.parse_args()
+    logs.configure("kvdaemon-ssd", arguments.log_level, arguments.log_format)
+    die_with_parent(arguments.parent)
+    try:
+        with exclusive(arguments.run_dir / "ssd.lock", "SSD worker"):
+            return asyncio.run(_serve(arguments))
+    except CachedAttentionError as error:
+        log.error("the SSD worker cannot start", reason=error.message)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

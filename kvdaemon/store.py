@@ -1,0 +1,419 @@
+"""The store: every decision about slots, chunks and leases, without a socket, a disk or a thread.
+
+The service hands requests in and carries out what comes back: an SsdReadChunk is to be read by the SSD worker, and the
+outcome reported by `fetched` or `fetch_failed`. One event loop owns the store. Every method is short and leaves the
+books true: sums equal a full scan after each call, whatever it raised.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Literal, Protocol
+
+from kvdaemon.dram import DramTier
+from kvdaemon.index import Chunk, ChunkIndex, Residence
+from kvdaemon.leases import LeaseBook
+from kvdaemon.placement.policy import Candidate, Placement
+from monitoring.kvdaemon_metrics import KvDaemonMetrics
+from protocol.arena import Arena, SlotState
+from protocol.errors import CapacityError, InvalidRequest
+from protocol.messages import (
+    Acquire,
+    Acquired,
+    CommittedChunk,
+    ReservedSlot,
+    SlotRef,
+    SsdReadChunk,
+    SsdRecord,
+)
+
+MAX_LEASES = 4096
+MAX_LEASE_MS = 120_000
+_VERIFY_EVERY = 16  # resident chunks handed out, of which one is checked by its reader
+_REMEMBERED_LOSSES = 65_536
+# Slots that writers leave for chunks coming back from SSD, as a share of all: saving must not starve loading.
+_FETCH_RESERVE = 1 / 16
+
+
+class SsdTier(Protocol):
+    """What the store asks of the SSD tier's state."""
+
+    @property
+    def can_read(self) -> bool: ...
+    @property
+    def can_write(self) -> bool:
+        """False: disabled, away, or its disk is full. Dirty chunks are then as good as any other to evict."""
+        ...
+
+
+class Store:
+    """Index, slots and leases, kept together. `dram` is None until an arena is adopted or made."""
+
+    def __init__(
+        self, placement: Placement, ssd: SsdTier, metrics: KvDaemonMetrics, verify: Literal["sample", "always"]
+    ) -> None:
+        self.index = ChunkIndex()
+        self.leases = LeaseBook()
+        self.dram: DramTier | None = None
+        self._placement = placement
+        self._ssd = ssd
+        self._metrics = metrics
+        self._verify_always = verify == "always"
+        self._handed_out = itertools.count(1)
+        self._losses: OrderedDict[bytes, str] = OrderedDict()  # chunk id -> why it is gone
+
+    @property
+    def can_fetch(self) -> bool:
+        return self.dram is not None and self._ssd.can_read
+
+    # -- the arena ----------------------------------------------------------------------------------------
+
+    def bind(self, dram: DramTier, adopted: Iterable[int] = ()) -> int:
+        """Begin to use an arena. adopted: its READY slots that were verified. Returns how many chunks came with it."""
+        self.dram = dram
+        arena = dram.arena
+        for slot in adopted:
+            chunk_id = arena.chunk_id(slot)
+            chunk = self.index.add(chunk_id, arena.parent_id(slot), arena.namespace(slot), arena.tokens(slot))
+            if chunk.residence is not Residence.ABSENT:  # the same chunk in two slots
+                dram.drop(slot)
+                continue
+            self.index.place(chunk, slot, dram.generation(slot), Residence.READY)
+            if not chunk.on_ssd:
+                self.index.mark_dirty(chunk)
+        return self.index.dram_chunks
+
+    def unbind(self) -> None:
+        """Forget the arena and all that is only in it."""
+        for holder in self.leases.holders():
+            self._metrics.lease_revoked(len(self.leases.revoke_client(holder)))
+        for chunk in list(self.index.resident()):
+            if not chunk.on_ssd:
+                self._note_loss(chunk, "evicted")
+            self.index.leave_dram(chunk)
+        self.dram = None
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def acquire(self, client: bytes, request: Acquire, now_s: float) -> tuple[Acquired, list[SsdReadChunk]]:
+        """Lease the longest available prefix. Returns also what the SSD worker must read for it.
+
+        Raises InvalidRequest; CapacityError: too many open leases.
+        """
+        dram = self._bound()
+        if len(set(request.chunk_ids)) != len(request.chunk_ids):
+            raise InvalidRequest("a chunk is asked for twice", param="chunk_ids")
+        if len(self.leases) >= MAX_LEASES:
+            raise CapacityError(f"{MAX_LEASES} leases are open")
+        prefix, miss_reason = self._available_prefix(request)
+        absent = sum(chunk.residence is Residence.ABSENT for chunk in prefix)
+        room = self._make_room(absent, frozenset(chunk.chunk_id for chunk in prefix), "fetch") if absent else 0
+        refs: list[SlotRef] = []
+        reads: list[SsdReadChunk] = []
+        for chunk in prefix:
+            was_resident = chunk.residence is Residence.READY
+            if chunk.residence is Residence.ABSENT:
+                if room == 0:
+                    miss_reason = "no_capacity"
+                    break
+                room -= 1
+                reads.append(self._begin_fetch(dram, chunk))
+            verify = self._verify_always or (was_resident and next(self._handed_out) % _VERIFY_EVERY == 0)
+            tier: Literal["dram", "ssd"] = "dram" if was_resident else "ssd"
+            refs.append(SlotRef(chunk.slot, chunk.generation, chunk.chunk_id, chunk.tokens, tier, verify))
+        leased = prefix[: len(refs)]
+        for chunk in reversed(leased):  # the oldest tokens become the warmest: a prefix is worth more than its tail
+            self.index.touch(chunk)
+            if chunk.prefetched:
+                chunk.prefetched = False
+                self._metrics.prefetched("used")
+        lease = self.leases.grant(client, leased, now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
+        return Acquired(lease.lease_id, tuple(refs), miss_reason), reads
+
+    def release(self, client: bytes, lease_id: bytes) -> None:
+        """Raises InvalidRequest: no such lease of this client."""
+        self.leases.release(lease_id, client)
+
+    def fetched(self, read: SsdReadChunk, outcome: str) -> None:
+        """The SSD worker is done with one chunk: "ok", "missing" or "corrupt"."""
+        dram, chunk = self._bound(), self._loading(read)
+        if chunk is None:
+            return
+        if outcome == "ok":
+            dram.loaded(chunk.slot)
+            self.index.arrived(chunk)
+            return
+        if outcome == "corrupt":
+            self._metrics.corrupt("ssd")
+        if chunk.prefetched:
+            self._metrics.prefetched("failed")
+        self._note_loss(chunk, "corrupt" if outcome == "corrupt" else "evicted")
+        dram.drop(chunk.slot)
+        if chunk.on_ssd:
+            self.index.leave_ssd(chunk)
+        self.index.leave_dram(chunk)
+
+    def fetch_failed(self, read: SsdReadChunk) -> None:
+        """The read broke off and nobody touches the slot any more; the chunk is still on SSD, as far as we know."""
+        dram, chunk = self._bound(), self._loading(read)
+        if chunk is None:
+            return
+        if chunk.prefetched:
+            self._metrics.prefetched("failed")
+        dram.drop(chunk.slot)
+        self.index.leave_dram(chunk)
+
+    def plan_prefetch(self, jobs: Sequence[Sequence[bytes]], limit: int) -> list[SsdReadChunk]:
+        """Make room for, and begin to fetch, chunks that the queue will ask for. Returns what is to be read."""
+        dram = self._bound()
+        on_ssd_only = {
+            chunk_id
+            for chunk_ids in jobs
+            for chunk_id in chunk_ids
+            if (chunk := self.index.get(chunk_id)) is not None and chunk.residence is Residence.ABSENT
+        }
+        if not on_ssd_only:
+            return []
+        plan = self._placement.plan_prefetch(jobs, on_ssd_only, self._resident(), dram.free_slots, limit)
+        reads: list[SsdReadChunk] = []
+        for fetch in plan:
+            chunk = self.index.get(fetch.chunk_id)
+            assert chunk is not None
+            if fetch.victim is not None:
+                victim = self.index.get(fetch.victim)
+                assert victim is not None
+                self._evict(dram, victim, "prefetch")
+            chunk.prefetched = True
+            reads.append(self._begin_fetch(dram, chunk))
+            self._metrics.prefetched("started")
+        return reads
+
+    def resident(self, slot: int, generation: int, chunk_id: bytes) -> Chunk | None:
+        """The chunk that lies whole in this slot, if it is still this one."""
+        chunk = self.index.get(chunk_id)
+        if chunk is None or chunk.residence is not Residence.READY:
+            return None
+        return chunk if (chunk.slot, chunk.generation) == (slot, generation) else None
+
+    def quarantine(self, chunk: Chunk) -> None:
+        """A chunk's bytes in DRAM are not what was saved: never hand them out again. A copy on SSD stays."""
+        self._metrics.corrupt("dram")
+        if not chunk.on_ssd:
+            self._note_loss(chunk, "corrupt")
+        self._bound().drop(chunk.slot)
+        self.index.leave_dram(chunk)
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def reserve(self, client: bytes, count: int) -> list[ReservedSlot]:
+        """As many of `count` slots as there are to give now."""
+        dram = self._bound()
+        # Chunks being saved hold their slots until they are on SSD; past this share the writers wait for the disk.
+        keep = int(dram.slots * _FETCH_RESERVE) if self._ssd.can_read else 0
+        held = dram.reserved_slots + (self.index.dirty_chunks if self._ssd.can_write else 0)
+        room = self._make_room(min(count, max(0, dram.slots - keep - held)), frozenset(), "save")
+        slots = [dram.reserve(client) for _ in range(room)]
+        return [ReservedSlot(slot, dram.generation(slot)) for slot in slots]
+
+    def unreserve(self, client: bytes, slots: Sequence[ReservedSlot]) -> None:
+        """Give slots back unused. Raises InvalidRequest, and then changes nothing: a slot this client never had."""
+        mine = [item.slot for item in slots if self._is_reserved(client, item.slot, item.generation)]
+        self._bound().drop_all(dict.fromkeys(mine))
+
+    def commit(self, client: bytes, chunks: Sequence[CommittedChunk]) -> tuple[bool, ...]:
+        """Take filled slots into the store. The reservation ends in any case; refused chunks' slots are freed.
+
+        Raises InvalidRequest, and then changes nothing: a slot that does not exist or was never given to this client.
+        """
+        dram = self._bound()
+        if len({item.slot for item in chunks}) != len(chunks):
+            raise InvalidRequest("a slot is committed twice", param="chunks")
+        current = [self._is_reserved(client, item.slot, item.generation) for item in chunks]
+        return tuple(
+            is_current and self._commit_one(dram, item) for is_current, item in zip(current, chunks, strict=True)
+        )
+
+    def _commit_one(self, dram: DramTier, item: CommittedChunk) -> bool:
+        arena = dram.arena
+        is_whole = (
+            arena.ready_layers(item.slot) == arena.geometry.layers
+            and 0 < item.tokens <= arena.geometry.chunk_tokens
+            # A writer may leave the count to the commit.
+            and arena.tokens(item.slot) in (0, item.tokens)
+        )
+        known = self.index.get(item.chunk_id)
+        is_resident = known is not None and known.residence is not Residence.ABSENT
+        if not is_whole or is_resident:
+            dram.drop(item.slot)
+            return is_whole
+        dram.commit(item.slot, item.chunk_id, item.parent_id, item.namespace, item.tokens)
+        chunk = self.index.add(item.chunk_id, item.parent_id, item.namespace, item.tokens)
+        self.index.place(chunk, item.slot, item.generation, Residence.READY)
+        if not chunk.on_ssd:
+            self.index.mark_dirty(chunk)
+        self._losses.pop(item.chunk_id, None)
+        self.index.touch(chunk)
+        self._metrics.written("dram", item.tokens * arena.geometry.token_bytes)
+        return True
+
+    def next_dirty(self, limit: int) -> list[Chunk]:
+        """The oldest chunks to write behind that nobody is writing yet."""
+        return list(itertools.islice((c for c in self.index.dirty() if not c.writing), limit))
+
+    # -- the SSD tier's books ---------------------------------------------------------------------------------
+
+    def written_behind(self, chunk: Chunk, stored_bytes: int) -> None:
+        """The SSD worker wrote the chunk."""
+        self._metrics.written("ssd", stored_bytes)
+        if self.index.get(chunk.chunk_id) is chunk:
+            self.index.on_ssd(chunk, stored_bytes)
+
+    def merge_listing(self, records: Sequence[SsdRecord]) -> None:
+        """Believe the database: a worker that died took its unflushed chunks with it."""
+        listed = {record.chunk_id for record in records}
+        for chunk in [chunk for chunk in self.index.stored() if chunk.chunk_id not in listed]:
+            self._note_loss(chunk, "evicted")
+            self.index.leave_ssd(chunk)
+            if chunk.residence is Residence.READY:
+                self.index.mark_dirty(chunk)
+        for record in sorted(records, key=lambda record: record.written_s):
+            chunk = self.index.add(record.chunk_id, record.parent_id, record.namespace, record.tokens)
+            self.index.on_ssd(chunk, record.bytes)
+
+    def evict_from_ssd(self, need_bytes: int, limit: int) -> list[bytes]:
+        """Let go of chunks on SSD, at most `limit`. Returns their ids; the caller has them deleted."""
+        stored = (
+            Candidate(chunk.chunk_id, chunk.ssd_bytes, leased=chunk.residence is Residence.LOADING)
+            for chunk in self.index.stored()
+        )
+        victims = self._placement.plan_ssd_eviction(stored, need_bytes)[:limit]
+        for chunk_id in victims:
+            chunk = self.index.get(chunk_id)
+            assert chunk is not None
+            if chunk.residence is Residence.ABSENT:
+                self._note_loss(chunk, "evicted")
+            self.index.leave_ssd(chunk)
+            self._metrics.evicted("ssd", "capacity")
+        return victims
+
+    # -- clients and time -------------------------------------------------------------------------------------
+
+    def forget_reservations(self, client: bytes) -> int:
+        """The client says that it forgot its slots, or it is dead. Returns how many there were."""
+        if self.dram is None:
+            return 0
+        slots = self.dram.reserved_by(client)
+        self.dram.drop_all(slots)
+        return len(slots)
+
+    def client_died(self, client: bytes) -> None:
+        self._metrics.lease_revoked(len(self.leases.revoke_client(client)))
+        self.forget_reservations(client)
+
+    def expire(self, now_s: float) -> None:
+        """Revoke leases whose time is up."""
+        self._metrics.lease_revoked(len(self.leases.revoke_expired(now_s)))
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _bound(self) -> DramTier:
+        if self.dram is None:
+            raise InvalidRequest("open the store first")
+        return self.dram
+
+    def _available_prefix(self, request: Acquire) -> tuple[list[Chunk], str]:
+        """Chunks that could be handed out, oldest first, and why there are no more."""
+        if request.partial_id is not None and request.partial_index > len(request.chunk_ids):
+            raise InvalidRequest("partial_index lies behind the end of chunk_ids", param="partial_index")
+        prefix: list[Chunk] = []
+        for chunk_id in request.chunk_ids:
+            chunk = self._available(chunk_id, request.namespace)
+            if chunk is None:
+                break
+            prefix.append(chunk)
+        missing = request.chunk_ids[len(prefix) : len(prefix) + 1]
+        if request.partial_id is not None and request.partial_index == len(prefix):
+            partial = self._available(request.partial_id, request.namespace)
+            if partial is not None:
+                return [*prefix, partial], ""
+            # What was saved was the partial chunk; the full one may never have existed.
+            missing = (request.partial_id,)
+        return prefix, self._miss_reason(missing[0]) if missing else ""
+
+    def _available(self, chunk_id: bytes, namespace: bytes) -> Chunk | None:
+        chunk = self.index.get(chunk_id)
+        if chunk is None or chunk.namespace != namespace:
+            return None
+        return None if chunk.residence is Residence.ABSENT and not self._ssd.can_read else chunk
+
+    def _miss_reason(self, chunk_id: bytes) -> str:
+        return "no_capacity" if self.index.get(chunk_id) is not None else self._losses.get(chunk_id, "unknown")
+
+    def _resident(self) -> Iterator[Candidate]:
+        for chunk in self.index.resident():
+            busy = chunk.leases > 0 or chunk.writing or chunk.residence is not Residence.READY
+            yield Candidate(chunk.chunk_id, chunk.tokens, busy, chunk.dirty)
+
+    def _make_room(self, need: int, protected: AbstractSet[bytes], reason: str) -> int:
+        """Free slots, by eviction where there are too few. Returns how many of `need` are free now."""
+        dram = self._bound()
+        missing = need - dram.free_slots
+        if missing > 0:
+            plan = self._placement.plan_dram_eviction(
+                self._resident(), missing, protected, dirty_too=not self._ssd.can_write
+            )
+            for chunk_id in plan:
+                chunk = self.index.get(chunk_id)
+                assert chunk is not None
+                self._evict(dram, chunk, "unsaved" if chunk.dirty else reason)
+        return min(need, dram.free_slots)
+
+    def _evict(self, dram: DramTier, chunk: Chunk, reason: str) -> None:
+        assert chunk.leases == 0
+        assert not chunk.writing
+        if chunk.prefetched:
+            self._metrics.prefetched("wasted")
+        if not chunk.on_ssd:
+            self._note_loss(chunk, "evicted")
+        dram.drop(chunk.slot)
+        self.index.leave_dram(chunk)
+        self._metrics.evicted("dram", reason)
+
+    def _begin_fetch(self, dram: DramTier, chunk: Chunk) -> SsdReadChunk:
+        slot = dram.fetch(chunk.chunk_id, chunk.parent_id, chunk.namespace, chunk.tokens)
+        self.index.place(chunk, slot, dram.generation(slot), Residence.LOADING)
+        return SsdReadChunk(chunk.chunk_id, slot, chunk.generation)
+
+    def _loading(self, read: SsdReadChunk) -> Chunk | None:
+        """The chunk of a read, unless the arena was replaced meanwhile."""
+        chunk = self.index.get(read.chunk_id)
+        if chunk is None or chunk.residence is not Residence.LOADING:
+            return None
+        return chunk if (chunk.slot, chunk.generation) == (read.slot, read.generation) else None
+
+    def _is_reserved(self, client: bytes, slot: int, generation: int) -> bool:
+        """Whether the client holds this slot. False: it did once. Raises InvalidRequest: it never did."""
+        dram = self._bound()
+        if slot >= dram.slots:
+            raise InvalidRequest(f"there is no slot {slot}", param="slot")
+        if generation < dram.generation(slot):
+            return False
+        if generation > dram.generation(slot) or slot not in dram.reserved_by(client):
+            raise InvalidRequest(f"slot {slot} was not reserved by this client", param="slot")
+        return dram.state(slot) is SlotState.RESERVED
+
+    def _note_loss(self, chunk: Chunk, why: str) -> None:
+        self._losses[chunk.chunk_id] = why
+        while len(self._losses) > _REMEMBERED_LOSSES:
+            self._losses.popitem(last=False)
+
+
+def intact(arena: Arena, slot: int) -> bool:
+    """Whether every layer of a slot has its checksum. Slow: reads the whole slot."""
+    tokens = arena.tokens(slot)
+    return 0 < tokens <= arena.geometry.chunk_tokens and all(
+        arena.verify_layer(slot, layer, tokens) for layer in range(arena.geometry.layers)
+    )

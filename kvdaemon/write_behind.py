@@ -1,0 +1,137 @@
+"""Write-behind: committed chunks go to SSD, oldest first, and the SSD tier stays within its cap."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from kvdaemon.index import Chunk
+from kvdaemon.ssd.client import SsdLink
+from kvdaemon.store import Store
+from monitoring.kvdaemon_metrics import KvDaemonMetrics
+from monitoring.logs import get_logger
+from protocol.errors import CachedAttentionError, CapacityError, PeerError
+
+log = get_logger(__name__)
+
+_IN_FLIGHT = 4
+_IDLE_S = 0.05
+_BACKOFF_S = (0.5, 10.0)
+_CAP_CHECK_S = 1.0
+# Of the cap: RocksDB holds garbage until it compacts, so live chunks get less than all of it.
+_HIGH, _LOW = 0.85, 0.75
+_DELETE_AT_ONCE = 64
+
+
+class WriteBehind:
+    """Two loops beside the service. One event loop owns it."""
+
+    def __init__(self, store: Store, ssd: SsdLink, capacity_bytes: int, metrics: KvDaemonMetrics) -> None:
+        self.problem = ""  # why nothing can be written; empty while it can
+        self.physical_bytes = 0
+        self._store = store
+        self._ssd = ssd
+        self._capacity_bytes = capacity_bytes
+        self._metrics = metrics
+        self._corrupt_seen = (0, 0)  # worker's start, its count
+
+    @property
+    def can_write(self) -> bool:
+        """Whether dirty chunks get to SSD before long."""
+        return not self.problem and self._has_room()
+
+    async def run(self) -> None:
+        """Write dirty chunks, for ever."""
+        pause_s = _BACKOFF_S[0]
+        while True:
+            chunks = self._store.next_dirty(_IN_FLIGHT) if self._ssd.can_move_chunks and self._has_room() else []
+            if not chunks:
+                await asyncio.sleep(_IDLE_S)
+                continue
+            await asyncio.gather(*(self._write(chunk) for chunk in chunks))
+            if self.problem:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _BACKOFF_S[1])
+            else:
+                pause_s = _BACKOFF_S[0]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until every dirty chunk is on SSD. False: it was not possible in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._store.index.dirty_chunks:
+            if time.monotonic() > deadline_s or self.problem or not self._ssd.can_move_chunks:
+                return False
+            await asyncio.sleep(_IDLE_S)
+        return True
+
+    async def _write(self, chunk: Chunk) -> None:
+        generation = chunk.generation
+        started = time.monotonic()
+        chunk.writing = True
+        try:
+            written = await self._ssd.write(chunk.slot, generation)
+        except CapacityError as error:
+            self._report(error.message)
+            return
+        except PeerError as error:
+            if self._ssd.is_up:  # else the link says so itself
+                self._report(f"the SSD tier refuses to write: {error.message}")
+            return
+        except CachedAttentionError as error:
+            self._report(error.message)
+            return
+        finally:
+            chunk.writing = False
+        if written.outcome == "ok":
+            if self.problem:
+                log.info("writing to SSD again")
+                self.problem = ""
+            self._metrics.saved_to_ssd(time.monotonic() - started)
+            self._store.written_behind(chunk, written.bytes)
+        elif chunk.generation == generation and self._store.index.get(chunk.chunk_id) is chunk:
+            # The slot is still this chunk's, as far as we know, but it does not hold what was committed.
+            log.error("a chunk in DRAM is corrupt", chunk=chunk.chunk_id.hex(), outcome=written.outcome)
+            self._store.quarantine(chunk)
+
+    def _report(self, problem: str) -> None:
+        if not self.problem:
+            log.error("SSD tier cannot be written; DRAM goes on", reason=problem)
+        self.problem = problem
+
+    def _has_room(self) -> bool:
+        """Whether the next chunks fit under the cap, garbage included."""
+        return max(self.physical_bytes, self._store.index.ssd_bytes) < self._capacity_bytes
+
+    # -- the cap ------------------------------------------------------------------------------------------
+
+    async def keep_cap(self) -> None:
+        """Look at the tier's size, and evict where it nears the cap, for ever."""
+        while True:
+            await asyncio.sleep(_CAP_CHECK_S)
+            if not self._ssd.is_up:
+                continue
+            try:
+                await self._keep_cap_once()
+            except CachedAttentionError as error:
+                log.warning("the SSD tier's size is unknown", reason=error.message)
+
+    async def _keep_cap_once(self) -> None:
+        status = await self._ssd.status()
+        self.physical_bytes = status.physical_bytes
+        start, before = self._corrupt_seen
+        if start != self._ssd.starts:
+            before = 0
+            if status.moved_aside:
+                self._metrics.corrupt("ssd_database")
+        self._metrics.corrupt("ssd_record", max(0, status.corrupt_records - before))
+        self._corrupt_seen = (self._ssd.starts, status.corrupt_records)
+        index = self._store.index
+        if index.ssd_bytes <= self._capacity_bytes * _HIGH:
+            return
+        while index.ssd_bytes > self._capacity_bytes * _LOW:
+            victims = self._store.evict_from_ssd(
+                int(index.ssd_bytes - self._capacity_bytes * _LOW), limit=_DELETE_AT_ONCE
+            )
+            if not victims:
+                return
+            await self._ssd.delete(victims)

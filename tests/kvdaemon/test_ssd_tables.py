@@ -1,0 +1,157 @@
+"""The tables of the SSD tier, on a real RocksDB."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, Stalled, Tables
+from kvdaemon.ssd.worker import DAMAGED_MARK, open_tables
+from protocol.errors import PeerError, PeerProtocolError
+from protocol.messages import Manifest
+
+
+def record(chunk_id: bytes, layers: int = 3, size: int = 1000) -> ChunkRecord:
+    return ChunkRecord(chunk_id, b"p" * 16, b"n" * 16, b"g" * 16, 7, layers * size, 12.5, tuple(range(layers)))
+
+
+def values(chunk_id: bytes, layers: int = 3, size: int = 1000) -> list[bytes]:
+    return [bytes([chunk_id[0] ^ layer]) * size for layer in range(layers)]
+
+
+def manifest(key: bytes, text: str = "hi") -> Manifest:
+    return Manifest(key, b"n" * 16, b"\1\0\0\0", text, (b"c" * 16,), 1, ((2, 3),))
+
+
+def test_chunk_round_trip_and_reopen(tmp_path: Path) -> None:
+    """What is flushed at close is all there after opening again, byte by byte; a deleted chunk is wholly gone."""
+    tables = Tables(tmp_path / "ssd")
+    kept, deleted = b"a" * 16, b"b" * 16
+    for chunk_id in (kept, deleted):
+        tables.put_chunk(record(chunk_id), values(chunk_id))
+    tables.delete_chunks([deleted, b"never was here!!"])
+    assert tables.has_unflushed_chunks
+    tables.close()
+    tables = Tables(tmp_path / "ssd")
+    assert tables.record(kept) == record(kept)
+    assert [tables.layer(kept, layer) for layer in range(3)] == values(kept)
+    assert tables.record(deleted) is None
+    assert all(tables.layer(deleted, layer) is None for layer in range(3))
+    assert tables.layer(kept, 3) is None
+    tables.close()
+
+
+def test_listing_pages(tmp_path: Path) -> None:
+    """Pages join to all records in key order; a damaged record comes as its bare id."""
+    tables = Tables(tmp_path / "ssd")
+    ids = sorted(bytes([n]) * 16 for n in range(10))
+    for chunk_id in ids:
+        tables.put_chunk(record(chunk_id), values(chunk_id))
+    tables._chunks.put(ids[4], b"\x93nonsense")
+    seen: list[object] = []
+    after = b""
+    while page := list(tables.records(after, 3)):
+        seen += page
+        after = page[-1] if isinstance(page[-1], bytes) else page[-1].chunk_id
+    assert [item if isinstance(item, bytes) else item.chunk_id for item in seen] == ids  # type: ignore[attr-defined]
+    assert seen[4] == ids[4]
+    with pytest.raises(PeerProtocolError):
+        tables.record(ids[4])
+    tables.delete_chunks([ids[4]])
+    assert tables.record(ids[4]) is None
+    assert tables.layer(ids[4], 0) is None
+    assert tables.layer(ids[5], 0) is not None
+    tables.close()
+
+
+def test_manifests_survive_without_a_flush(tmp_path: Path) -> None:
+    """Manifests go through the log: a database that was never closed has them after opening again."""
+    tables = Tables(tmp_path / "ssd")
+    saved = manifest(b"k" * 16, "grüße \ud800")
+    tables.put_manifest(saved)
+    tables.put_chunk(record(b"a" * 16), values(b"a" * 16))
+    shutil.copytree(tmp_path / "ssd", tmp_path / "copy")  # as the disk is when the process is killed now
+    tables.close()
+    copy = Tables(tmp_path / "copy")
+    assert copy.manifest(b"k" * 16) == saved
+    assert copy.manifest(b"x" * 16) is None
+    assert copy.record(b"a" * 16) is None  # and a chunk is whole or absent
+    copy.close()
+
+
+def test_damaged_manifest_is_an_error_and_the_oldest_go_first(tmp_path: Path) -> None:
+    """A flipped byte in a manifest raises; dropping a share drops those saved first."""
+    tables = Tables(tmp_path / "ssd")
+    keys = [bytes([n]) * 16 for n in (5, 3, 4, 1)]
+    for key in keys:
+        tables.put_manifest(manifest(key))
+    tables._manifests.put(b"z" * 16, b"\xff" * 8 + b"junk")
+    with pytest.raises(PeerProtocolError):
+        tables.manifest(b"z" * 16)
+    tables.delete_manifest(b"z" * 16)
+    assert tables.drop_oldest_manifests(0.5) == 2
+    assert [tables.manifest(key) is None for key in keys] == [True, True, False, False]
+    assert tables.manifest_bytes > 0
+    tables.close()
+
+
+def test_compaction_gives_space_back(tmp_path: Path) -> None:
+    """Physical size follows the live chunks once compacted."""
+    tables = Tables(tmp_path / "ssd")
+    ids = [bytes([n]) * 16 for n in range(40)]
+    size = 300_000
+    for chunk_id in ids:
+        while True:
+            try:
+                tables.put_chunk(record(chunk_id, size=size), values(chunk_id, size=size))
+                break
+            except Stalled:  # the worker waits here, and lets reads pass
+                time.sleep(0.05)
+    tables.flush()
+    full = tables.physical_bytes()
+    assert full > 40 * 3 * size
+    tables.delete_chunks(ids[4:])
+    tables.flush()
+    tables.compact()
+    assert tables.physical_bytes() < full / 3
+    assert tables.layer(ids[0], 2) == values(ids[0], size=size)[2]
+    tables.close()
+
+
+@pytest.mark.parametrize("record_bytes", [b"", b"\xc1", b"\x90", b"\x97" + b"\xc0" * 7, b"\x93\x01\x02\x03"])
+def test_garbage_is_no_record(record_bytes: bytes) -> None:
+    with pytest.raises(PeerProtocolError):
+        ChunkRecord.unpack(b"c" * 16, record_bytes)
+
+
+def test_damaged_database_is_moved_aside(tmp_path: Path) -> None:
+    """A database that cannot be opened is kept beside, and a fresh one started; so is one that was marked."""
+    tables, moved = open_tables(tmp_path / "ssd")
+    assert moved == ""
+    tables.put_chunk(record(b"a" * 16), values(b"a" * 16))
+    tables.close()
+    for file in (tmp_path / "ssd").glob("MANIFEST-*"):
+        file.write_bytes(b"\x00" * 100)
+    tables, moved = open_tables(tmp_path / "ssd")
+    assert Path(moved).is_dir()
+    assert tables.record(b"a" * 16) is None
+    tables.put_chunk(record(b"b" * 16), values(b"b" * 16))
+    tables.close()
+    (tmp_path / "ssd" / DAMAGED_MARK).touch()
+    tables, moved_again = open_tables(tmp_path / "ssd")
+    assert moved_again not in ("", moved)
+    assert tables.record(b"b" * 16) is None
+    tables.close()
+
+
+def test_a_database_in_use_is_not_damaged(tmp_path: Path) -> None:
+    """A lock held by somebody else must never move the directory away from under it."""
+    tables = Tables(tmp_path / "ssd")
+    with pytest.raises(PeerError) as caught:
+        open_tables(tmp_path / "ssd")
+    assert not isinstance(caught.value, DamagedDatabase)
+    assert [path.name for path in tmp_path.iterdir()] == ["ssd"]
+    tables.close()
