@@ -15,7 +15,7 @@ from torch import nn
 
 from inference.decoupled import DecoupledModel, Segment
 from inference.rotary import detach_rotary
-from inference.working_kv import KvShape, WorkingKv
+from inference.working_kv import Buffers, KvShape, WorkingKv
 from protocol.errors import UnsupportedModel
 
 _TOKENS = 48
@@ -71,7 +71,7 @@ def _stock_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _our_logits(model: DecoupledModel, shape: KvShape, tokens: torch.Tensor) -> torch.Tensor:
-    kv = WorkingKv(shape, _TOKENS)
+    kv = WorkingKv(Buffers(shape, 0), _TOKENS)
     kv.begin(0, 0, _TOKENS)
     found = []
     for start, end in itertools.pairwise(_CUTS):
@@ -84,7 +84,7 @@ def _our_logits(model: DecoupledModel, shape: KvShape, tokens: torch.Tensor) -> 
 
 
 def _through_the_store(model: DecoupledModel, shape: KvShape, source: WorkingKv) -> WorkingKv:
-    target = WorkingKv(shape, _TOKENS)
+    target = WorkingKv(Buffers(shape, 0), _TOKENS)
     target.begin(source.length, 0, _TOKENS)
     table = model.rotary.span(0, source.length)
     for layer in range(shape.layers):

@@ -17,7 +17,7 @@ from inference.preload import Loader
 from inference.save import Saver
 from inference.store import Store
 from inference.turn import ManifestCache, Turn
-from inference.working_kv import RetentionPool
+from inference.working_kv import Buffers, RetentionPool
 from monitoring.inference_metrics import InferenceMetrics
 from monitoring.logs import get_logger
 from monitoring.registry import Registry, new_registry
@@ -30,6 +30,7 @@ from protocol.rpc import Call, RpcServer
 log = get_logger(__name__)
 
 _MANIFEST_CACHE_BYTES = 32 * 1024 * 1024
+_SPARE_BUFFER_BYTES = 128 * 1024 * 1024
 _STORE_WAIT_S = 5.0  # a start waits this long for the daemon, then serves without it
 _DRAIN_S = 10.0  # running turns get this long at a stop
 _SAVE_DRAIN_S = 10.0  # and what is not saved yet this long
@@ -43,7 +44,8 @@ class InferenceService:
         self.model = model
         self.metrics = InferenceMetrics(registry)
         self.manifests = ManifestCache(_MANIFEST_CACHE_BYTES)
-        self.retained = RetentionPool(config.retain_bytes, config.chunk_tokens)
+        self.buffers = Buffers(model.checked.shape, config.retain_bytes // 2 + _SPARE_BUFFER_BYTES)
+        self.retained = RetentionPool(self.buffers, config.retain_bytes, config.chunk_tokens)
         self.store: Store | None = None
         self.saver: Saver | None = None
         self._turns = 0
@@ -73,6 +75,7 @@ class InferenceService:
             self.saver = Saver(self.store, loop, self._chunk_saved)
             self.saver.start()
             await self.store.start(_STORE_WAIT_S)
+        await asyncio.to_thread(self.buffers.warm, self._warm_tokens())
         self.engine = Engine(checked.model, self.saver, self.config.step_tokens)
         self.loader = Loader(checked.model.rotary, self.engine.poke)
         self.loader.start()
@@ -104,6 +107,9 @@ class InferenceService:
             await asyncio.wait(self._tasks, timeout=2.0)
         if self.store is not None:
             await self.store.stop()
+
+    def _warm_tokens(self) -> int:
+        return min(self.model.max_context, _SPARE_BUFFER_BYTES // (2 * self.buffers.shape.token_bytes))
 
     def readiness(self) -> Readiness:
         if self._is_stopping:

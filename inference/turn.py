@@ -189,7 +189,7 @@ class Turn:
         chunk_tokens = service.config.chunk_tokens
         capacity = min(len(prompt) + len(self._request.resume_tokens) // 4 + self._answer_room(), self._limit())
         if not service.config.reuse:
-            kv = WorkingKv(service.model.checked.shape, capacity)
+            kv = WorkingKv(service.buffers, capacity)
             kv.begin(0, 0, capacity)
             return Begun(kv, History(), None, "reuse_off")
         match = service.retained.match(plan.namespace, prompt)
@@ -203,7 +203,7 @@ class Turn:
             self._release(lease)
             kv = service.retained.take(match, capacity)
             return Begun(kv, History(match.tokens, hbm=match.tokens), None, miss_reason)
-        kv = WorkingKv(service.model.checked.shape, capacity)
+        kv = WorkingKv(service.buffers, capacity)
         kv.begin(stored.tokens, stored.tokens // chunk_tokens * chunk_tokens, capacity)
         return Begun(kv, stored, lease, miss_reason)
 

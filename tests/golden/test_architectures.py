@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from inference.decoupled import Segment
 from inference.selfcheck import CheckedModel, take_over
-from inference.working_kv import WorkingKv
+from inference.working_kv import Buffers, WorkingKv
 from protocol.errors import UnsupportedModel
 from tests.inference.harness import SHAPES, VOCABULARY, make_model
 
@@ -52,7 +52,7 @@ def test_attention_is_not_flat(golden: Golden) -> None:
 @given(st.sets(st.integers(1, _TOKENS - 1), max_size=6))
 def test_any_split_gives_the_stock_logits(golden: Golden, cuts: set[int]) -> None:
     shape = golden.checked.shape
-    kv = WorkingKv(shape, 64)
+    kv = WorkingKv(Buffers(shape, 0), 64)
     kv.begin(0, 0, 64)
     found = []
     bounds = [0, *sorted(cuts), _TOKENS]
@@ -69,7 +69,7 @@ def test_jobs_in_one_step_do_not_see_each_other(golden: Golden) -> None:
     shape, model = golden.checked.shape, golden.checked.model
     jobs = []
     for past in (0, 70, 250):
-        kv = WorkingKv(shape, _TOKENS)
+        kv = WorkingKv(Buffers(shape, 0), _TOKENS)
         kv.begin(0, 0, _TOKENS)
         if past:
             first = [Segment(kv, golden.row[:past])]
@@ -86,7 +86,7 @@ def test_jobs_in_one_step_do_not_see_each_other(golden: Golden) -> None:
 
 def test_a_step_that_fails_can_be_taken_again(golden: Golden) -> None:
     shape, model = golden.checked.shape, golden.checked.model
-    kv = WorkingKv(shape, 128)
+    kv = WorkingKv(Buffers(shape, 0), 128)
     kv.begin(0, 0, 128)
 
     def fail(layer: int) -> None:

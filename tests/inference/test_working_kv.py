@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from inference.working_kv import KvShape, RetentionPool, WorkingKv, common_prefix
+from inference.working_kv import Buffers, KvShape, RetentionPool, WorkingKv, common_prefix
 
 SHAPE = KvShape(2, 2, 4, 4, torch.float32, torch.device("cpu"))
+BUFFERS = Buffers(SHAPE, 1 << 20)
 NAMESPACE = b"n" * 16
 CHUNK = 16
 
 
 def filled(tokens: int, raw_base: int = 0, seed: int = 0) -> WorkingKv:
     generator = torch.Generator().manual_seed(seed)
-    kv = WorkingKv(SHAPE, tokens)
+    kv = WorkingKv(BUFFERS, tokens)
     kv.begin(0, 0, tokens)
     for layer in range(SHAPE.layers):
         key, value, raw = (torch.randn(tokens, 2, 4, generator=generator) for _ in range(3))
@@ -49,7 +50,7 @@ def test_compact_keeps_the_partial_chunks_raw_keys() -> None:
 
 
 def test_appending_takes_the_context_over() -> None:
-    pool = RetentionPool(1 << 30, CHUNK)
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     kv = filled(40)
     pool.put(NAMESPACE, ids_of(40), kv)
     match = pool.match(NAMESPACE, ids_of(60))
@@ -62,7 +63,7 @@ def test_appending_takes_the_context_over() -> None:
 
 
 def test_a_branch_gets_a_copy() -> None:
-    pool = RetentionPool(1 << 30, CHUNK)
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     kv = filled(40)
     before = kv.keys.clone()
     pool.put(NAMESPACE, ids_of(40), kv)
@@ -80,7 +81,7 @@ def test_a_branch_gets_a_copy() -> None:
 
 
 def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
-    pool = RetentionPool(1 << 30, CHUNK)
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40, raw_base=32))
     prompt = np.concatenate([ids_of(21), ids_of(10, 500)]).astype(np.uint32)
     match = pool.match(NAMESPACE, prompt)
@@ -89,13 +90,13 @@ def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
 
 
 def test_other_namespaces_never_match() -> None:
-    pool = RetentionPool(1 << 30, CHUNK)
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
     assert pool.match(b"m" * 16, ids_of(60)) is None
 
 
 def test_the_last_token_is_never_taken() -> None:
-    pool = RetentionPool(1 << 30, CHUNK)
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
     match = pool.match(NAMESPACE, ids_of(40))
     assert match is not None
@@ -104,7 +105,7 @@ def test_the_last_token_is_never_taken() -> None:
 
 def test_oldest_leave_but_never_unsaved_ones() -> None:
     kv = [filled(40, seed=i) for i in range(3)]
-    pool = RetentionPool(kv[0].nbytes * 2, CHUNK)
+    pool = RetentionPool(BUFFERS, kv[0].nbytes * 2, CHUNK)
     kv[0].pending_saves = 1
     for i, context in enumerate(kv):
         pool.put(NAMESPACE, ids_of(40, 1000 * i), context)
@@ -121,3 +122,24 @@ def test_common_prefix() -> None:
     assert common_prefix(ids_of(5), ids_of(9)) == 5
     assert common_prefix(ids_of(5), ids_of(5, 1)) == 0
     assert common_prefix(ids_of(0), ids_of(5)) == 0
+
+
+def test_memory_is_used_again_but_never_while_held() -> None:
+    buffers = Buffers(SHAPE, 1 << 20)
+    kv = WorkingKv(buffers, 300)
+    kv.begin(0, 0, 300)
+    reader, address = kv.raw, kv.keys.data_ptr()
+    del kv
+    other = WorkingKv(buffers, 280)
+    other.begin(0, 0, 280)
+    assert other.keys.data_ptr() in (address, reader.keys.data_ptr()) or other.keys.shape[1] >= 280
+    assert reader.keys.data_ptr() not in (other.keys.data_ptr(), other.raw.keys.data_ptr(), other.values.data_ptr())
+    del other, reader
+    assert 0 < buffers.spare_bytes <= 1 << 20
+
+
+def test_spare_memory_is_bounded() -> None:
+    buffers = Buffers(SHAPE, 100_000)
+    held = [WorkingKv(buffers, 300) for _ in range(10)]
+    del held
+    assert buffers.spare_bytes <= 100_000
