@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from gateway.turns import Turns
 from protocol.errors import CachedAttentionError, ModelNotFound
 from protocol.messages import TurnDelta
 
+_STALLED_S = 60.0  # a client that takes nothing for so long counts as gone
 DEFAULT_MODEL = "default"  # stands for whatever is served
 
 
@@ -77,14 +79,15 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send(send))
-        except (CachedAttentionError, OSError):  # the client left; there is nobody to tell
+        except (CachedAttentionError, OSError):  # the client left, or stalled (TimeoutError); there is nobody to tell
             pass
         finally:
             self._turn.cancel()
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+            async with asyncio.timeout(_STALLED_S):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await write(_event(self._shape.first_chunk()))

@@ -259,7 +259,11 @@ def _make_file(path: Path) -> URL:
 
 def _make_engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)  # a restarted server is met calmly
+        # pre_ping: a server that was restarted is met calmly. The limits keep a dead one from holding the worker.
+        limits: dict[str, Any] = {}
+        if url.get_backend_name() == "postgresql":
+            limits = {"connect_timeout": int(_DEADLINE_S), "options": f"-c statement_timeout={int(_DEADLINE_S * 1e3)}"}
+        return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=limits)
     engine = create_engine(url, connect_args={"timeout": _LOCK_WAIT_S})
 
     @event.listens_for(engine, "connect")

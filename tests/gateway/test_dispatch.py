@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateway.inference_peer import MODEL
+from tests.gateway.inference_peer import MODEL, ScriptedInference
 from tests.gateway.serving import ServedGateway, eventually, journaled, talk
 
 
@@ -185,27 +187,73 @@ def test_a_turn_ends_by_its_deadline(directory: Path) -> None:
         gateway.close()
 
 
-def test_a_broken_journal_is_503_and_nothing_runs(narrow: ServedGateway) -> None:
-    from sqlalchemy import create_engine
+@contextlib.contextmanager
+def _locked(gateway: ServedGateway) -> Iterator[None]:
+    """Another process is writing into the journal."""
+    with contextlib.closing(sqlite3.connect(gateway.data_dir / "journal.sqlite", isolation_level=None)) as other:
+        other.execute("begin immediate")
+        yield
+        other.execute("rollback")
 
-    engine = create_engine(f"sqlite:///{narrow.data_dir}/journal.sqlite")
-    with engine.connect() as connection:
-        connection.exec_driver_sql("begin immediate")
+
+def test_a_broken_journal_is_503_and_nothing_runs(narrow: ServedGateway) -> None:
+    with _locked(narrow):
         reply = narrow.post({"model": MODEL, "messages": talk("x"), "stream": True})
         assert reply.status_code == 503
         assert reply.json()["error"]["code"] == "journal_unavailable"
-        connection.rollback()
-    engine.dispose()
     assert narrow.peer.turns == []
     eventually(lambda: journaled(narrow.data_dir) == [])
     assert _depth(narrow) == (0, 0)
     narrow.chat("well again")
 
 
+def test_no_answer_is_acknowledged_that_is_not_journaled(served: ServedGateway, pool: ThreadPoolExecutor) -> None:
+    """The database is locked while the answer comes: its client is not told that the turn is done."""
+    for stream in (True, False):
+        asked = pool.submit(served.post, {"model": MODEL, "messages": talk("x [slow 0.02]"), "stream": stream})
+        eventually(lambda: served.peer.running == 1)
+        with _locked(served):
+            reply = asked.result(30.0)
+        assert "journal_unavailable" in reply.text
+        assert '"finish_reason":"stop"' not in reply.text
+        assert "[DONE]" not in reply.text
+        assert reply.status_code == (200 if stream else 503)
+    assert "done" not in [row.status for row in journaled(served.data_dir)]
+
+
+def test_many_turns_and_clients_that_leave(directory: Path) -> None:
+    """Whatever mixture comes, every place is free and every turn has one end afterwards."""
+    gateway = ServedGateway(directory, max_running=3, queue_limit=12)
+    outcomes: list[int] = []
+    dice = random.Random(7)
+    plans = [(dice.random() < 0.5, dice.choice((0.02, 0.1, 0.4, 30.0))) for _ in range(80)]
+
+    def ask(number: int) -> None:
+        stream, patience_s = plans[number]
+        body = {"model": MODEL, "messages": talk(f"{number} [slow 0.005]"), "stream": stream}
+        with contextlib.suppress(httpx.TimeoutException):
+            reply = httpx.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(patience_s))
+            outcomes.append(reply.status_code)
+
+    try:
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(ask, range(len(plans))))
+        eventually(lambda: _depth(gateway) == (0, 0))
+        eventually(lambda: gateway.peer.running == 0)
+        statuses = [row.status for row in journaled(gateway.data_dir)]
+        assert set(statuses) <= {"done", "cancelled"}
+        assert statuses.count("done") >= outcomes.count(200) > 0
+        assert set(outcomes) <= {200, 429}
+        assert len(statuses) + outcomes.count(429) <= len(plans)
+        assert gateway.peer.most_running <= 3 + gateway.peer.cancelled
+        for number in range(4):
+            gateway.chat(f"after {number}")
+    finally:
+        gateway.close()
+
+
 def test_a_turn_of_another_model_is_not_run(narrow: ServedGateway, pool: ThreadPoolExecutor) -> None:
     """A turn's keys belong to the model it was asked of; when another one comes up, it must be sent again."""
-    from tests.gateway.inference_peer import ScriptedInference
-
     narrow.call(narrow.peer.server.stop())
     eventually(lambda: narrow.get("/ready").status_code == 503)
     waiting = pool.submit(narrow.post, {"model": MODEL, "messages": talk("x")})
