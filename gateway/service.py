@@ -50,9 +50,9 @@ def run(config: GatewayConfig) -> int:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError: the port is in use, or there is no such address."""
     try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Of a name with several addresses, such as localhost, the one that everybody tries.
+        family, kind, number, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
         listener = socket.socket(family, kind, number)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host}: {error}", param="host") from error
@@ -143,6 +143,7 @@ def http_server(gateway: Gateway) -> HttpServer:
             loop="asyncio",
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_LAST_WRITES_S,

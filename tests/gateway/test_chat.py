@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from protocol.ids import unpack_tokens
 from protocol.messages import ChatMessage
@@ -260,3 +261,13 @@ def test_another_answer_than_streamed_is_refused(served: ServedGateway) -> None:
     reply = served.post({"model": MODEL, "messages": talk("x [bad-text]"), "stream": True})
     events = _events(reply)
     assert json.loads(events[-1])["error"]["code"] == "peer_protocol_error"
+
+
+def test_one_log_line_per_turn(served: ServedGateway) -> None:
+    with capture_logs() as lines:
+        served.chat("hi")
+        served.post({"model": MODEL, "messages": talk("x [fail context_length_exceeded]")})
+    done, failed = [line for line in lines if line["event"] == "turn"]
+    assert (done["status"], done["computed"], done["dram"]) == ("done", done["prompt_tokens"], 0)
+    assert 0 < done["ttft_s"] <= done["duration_s"]
+    assert (failed["status"], failed["code"]) == ("failed", "context_length_exceeded")
