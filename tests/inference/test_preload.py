@@ -1,0 +1,173 @@
+"""Layer-wise loading from a real arena: bit-equal KV, in order, and every doubt is a failure with its reason."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from inference.preload import Loader, LoadFailed, LoadTask, as_tensor
+from inference.rotary import Rotary
+from inference.working_kv import Buffers, KvShape, WorkingKv
+from protocol.arena import Arena, Geometry, SlotState, layer_checksum
+from protocol.messages import SlotRef
+
+LAYERS, HEADS, DIM, CHUNK = 4, 2, 8, 16
+SHAPE = KvShape(LAYERS, HEADS, DIM, DIM, torch.float32, torch.device("cpu"))
+GEOMETRY = Geometry(LAYERS, HEADS * DIM * 4, HEADS * DIM * 4, CHUNK)
+WAIT_S = 10.0
+
+
+class Bench:
+    """An arena with chunks of known KV, and a running loader."""
+
+    def __init__(self, directory: Path) -> None:
+        self.arena = Arena.create(directory / "arena", GEOMETRY, 4 << 20)
+        generator = torch.Generator().manual_seed(0)
+        angles = torch.randn(256, DIM, generator=generator)
+        self.rotary = Rotary(apply_rotary_pos_emb, angles.cos(), angles.sin())
+        self.generator = generator
+        self.first_layers = threading.Event()
+        self.loader = Loader(self.rotary, self.first_layers.set)
+        self.loader.start()
+        self.keys: list[torch.Tensor] = []  # per chunk [layers, tokens, heads, dim]
+        self.values: list[torch.Tensor] = []
+
+    def chunk(self, tokens: int, *, layers: int = LAYERS, verify: bool = False) -> SlotRef:
+        """A chunk of random KV of which `layers` layers are ready."""
+        slot = len(self.keys)
+        generation = self.arena.take(slot, SlotState.LOADING, bytes(16))
+        identity = bytes([slot + 1]) * 16
+        self.arena.set_identity(slot, identity, bytes(16), bytes(16), tokens)
+        self.keys.append(torch.randn(LAYERS, tokens, HEADS, DIM, generator=self.generator))
+        self.values.append(torch.randn(LAYERS, tokens, HEADS, DIM, generator=self.generator))
+        for layer in range(layers):
+            self.fill(slot, layer)
+        return SlotRef(slot, generation, identity, tokens, "dram", verify)
+
+    def fill(self, slot: int, layer: int) -> None:
+        key, value = self.arena.layer(slot, layer, self.keys[slot].shape[1])
+        as_tensor(key, torch.float32, HEADS, DIM).copy_(self.keys[slot][layer])
+        as_tensor(value, torch.float32, HEADS, DIM).copy_(self.values[slot][layer])
+        self.arena.set_layer_ready(slot, layer, layer_checksum(key, value))
+
+    def task(
+        self, chunks: list[SlotRef], history: int, *, deadline_s: float = WAIT_S
+    ) -> tuple[LoadTask, threading.Event]:
+        kv = WorkingKv(Buffers(SHAPE, 0), 128)
+        kv.begin(history, history // CHUNK * CHUNK, 128)
+        ended = threading.Event()
+        return LoadTask(kv, self.arena, chunks, time.monotonic() + deadline_s, ended.set), ended
+
+    def load(self, chunks: list[SlotRef], history: int) -> LoadTask:
+        task, ended = self.task(chunks, history)
+        self.loader.submit(task)
+        assert ended.wait(WAIT_S)
+        return task
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.loader.stop()
+
+
+@pytest.mark.parametrize("history", [40, 39, 33, 32, 16, 1])
+def test_history_is_rotated_to_its_positions(bench: Bench, history: int) -> None:
+    """Keys are those of a direct rotation, bit by bit; values and the raw tail are what was stored."""
+    refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
+    kv = bench.load(refs, history).kv
+    raw = torch.cat(bench.keys, dim=1)[:, :history]
+    table = bench.rotary.span(0, history)
+    for layer in range(LAYERS):
+        assert torch.equal(kv.keys[layer, :history], bench.rotary.rotate_keys(raw[layer], table))
+        assert torch.equal(kv.values[layer, :history], torch.cat(bench.values, dim=1)[layer, :history])
+        base = kv.raw.base
+        assert torch.equal(kv.raw.span(layer, base, history), raw[layer, base:])
+
+
+def test_layers_are_taken_up_as_they_arrive(bench: Bench) -> None:
+    """A chunk that comes from SSD: computing may begin with its first layer, long before its last."""
+    ref = bench.chunk(16, layers=0)
+    task, ended = bench.task([ref], 16)
+    bench.loader.submit(task)
+    assert not task.has_begun()
+    for layer in range(LAYERS):
+        bench.fill(ref.slot, layer)
+        task.wait_layer(layer)
+        assert task.ready_layers >= layer + 1
+    assert ended.wait(WAIT_S)
+    assert bench.first_layers.is_set()
+
+
+def test_a_job_that_waits_for_ssd_lets_others_pass(bench: Bench) -> None:
+    slow, quick = bench.chunk(16, layers=1), bench.chunk(16)
+    waiting, waiting_ended = bench.task([slow], 16)
+    bench.loader.submit(waiting)
+    waiting.wait_layer(0)
+    bench.load([quick], 16)
+    assert not waiting_ended.is_set()
+    for layer in range(1, LAYERS):
+        bench.fill(slow.slot, layer)
+    assert waiting_ended.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("ready_layers", [0, 2])
+def test_a_revoked_slot_is_noticed(bench: Bench, ready_layers: int) -> None:
+    """The daemon gives the slot away before or while it is read: the load fails, nothing foreign is kept."""
+    ref = bench.chunk(16, layers=ready_layers)
+    task, ended = bench.task([ref], 16)
+    bench.loader.submit(task)
+    if ready_layers:
+        task.wait_layer(ready_layers - 1)
+    bench.arena.free(ref.slot)
+    with pytest.raises(LoadFailed) as failure:
+        task.wait_layer(LAYERS - 1)
+    assert failure.value.reason == "revoked"
+    assert ended.wait(WAIT_S)
+
+
+def test_a_slot_of_another_generation_is_never_read(bench: Bench) -> None:
+    ref = bench.chunk(16)
+    stale = SlotRef(ref.slot, ref.generation - 1, ref.chunk_id, ref.tokens, "dram")
+    other = SlotRef(ref.slot, ref.generation, b"x" * 16, ref.tokens, "dram")
+    for wrong in (stale, other):
+        task = bench.load([wrong], 16)
+        assert task.failure is not None
+        assert task.failure.reason == "revoked"
+
+
+def test_flipped_bits_are_noticed_where_verification_is_asked_for(bench: Bench) -> None:
+    ref = bench.chunk(16, verify=True)
+    key, _ = bench.arena.layer(ref.slot, 2, 16)
+    key[100] ^= 4
+    task = bench.load([ref], 16)
+    assert task.failure is not None
+    assert task.failure.reason == "corrupt"
+    assert task.failure.ref == ref
+    assert task.ready_layers == 2
+
+
+def test_a_load_ends_by_its_deadline(bench: Bench) -> None:
+    ref = bench.chunk(16, layers=1)
+    task, ended = bench.task([ref], 16, deadline_s=0.2)
+    bench.loader.submit(task)
+    with pytest.raises(LoadFailed) as failure:
+        task.wait_layer(1)
+    assert failure.value.reason == "load_failed"
+    assert ended.wait(WAIT_S)
+
+
+def test_a_cancelled_load_ends(bench: Bench) -> None:
+    ref = bench.chunk(16, layers=1)
+    task, ended = bench.task([ref], 16)
+    bench.loader.submit(task)
+    task.wait_layer(0)
+    task.is_cancelled = True
+    assert ended.wait(WAIT_S)
