@@ -395,7 +395,7 @@ def _client_path(directory: Path, client_id: bytes) -> Path:
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str, param: str = "data_dir") -> Iterator[None]:
     """Hold `path` locked for this process, and leave no file behind.
 
     Raises ConfigError: another process holds it (names `what`), or the directory cannot be written.
@@ -404,9 +404,9 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = _lock_file(path)
     except BlockingIOError as error:
-        raise ConfigError(f"another {what} is using {path.parent}", param="data_dir") from error
+        raise ConfigError(f"another {what} is using {path.parent}", param=param) from error
     except OSError as error:
-        raise ConfigError(f"cannot lock {path}: {error.strerror}", param="data_dir") from error
+        raise ConfigError(f"cannot lock {path}: {error.strerror}", param=param) from error
     try:
         yield
     finally:

@@ -1,0 +1,83 @@
+# Two commands on a fresh machine: `make run` and `make test`. Everything lives in .venv.
+# Options of the program: make run ARGS="--model DIR --dram 4GiB"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+
+.DEFAULT_GOAL := help
+.PHONY: help run install test lint types imports check format soak chaos compose-test bench test-gpu clean
+
+help:  ## show this
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: $(INSTALLED)  ## install what is missing and start everything; Ctrl-C stops it
+	@exec $(BIN)/cachedattention up $(ARGS)
+
+install: $(INSTALLED)  ## install only
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "       Name another with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# torch first and alone: it is most of the download, and a change of our own dependencies leaves it as it is.
+$(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing $(TORCH)"
+	@$(PIP) install "$(TORCH)"
+	@echo "installing cachedattention"
+	@$(PIP) install -e . -c constraints.txt
+	@touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	@echo "installing what tests need"
+	@$(PIP) install -e '.[test]' -c constraints.txt
+	@touch $@
+
+test: $(INSTALLED_TEST)  ## run the tests (minutes)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+lint: $(INSTALLED_TEST)  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED_TEST)  ## type checks
+	$(BIN)/mypy
+
+imports: $(INSTALLED_TEST)  ## who may import whom
+	$(BIN)/lint-imports
+
+check: lint types imports  ## lint, types and imports
+
+format: $(INSTALLED_TEST)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: $(INSTALLED_TEST)  ## thousands of turns; watches memory
+	$(BIN)/python -m pytest -m slow tests/end_to_end -k soak $(ARGS)
+
+chaos: $(INSTALLED_TEST)  ## kills processes during turns
+	$(BIN)/python -m pytest -m slow tests/faults $(ARGS)
+
+compose-test:  ## build the image, start compose.yaml, ask it one question
+	docker compose up --build --detach --wait
+	curl --fail --silent --show-error http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
+	  -d '{"model": "embedded", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}' && echo
+	docker compose down
+
+bench: $(INSTALLED)  ## time to first token, with and without reuse
+	$(BIN)/python -m benchmarks.turns $(ARGS)
+
+test-gpu: $(INSTALLED_TEST)  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,157 @@
+"""The command `cachedattention`. Each command is a few lines here and a module of its name beside this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cli.child import die_with
+from cli.keys import make_keys
+from cli.options import with_settings
+from cli.places import prepare
+from cli.settings import Settings
+from monitoring import logs
+from protocol.errors import CachedAttentionError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Chat with a language model that never computes the same token twice.",
+)
+
+# Given by `up` to the services it starts.
+Parent = Annotated[int, typer.Option("--parent", hidden=True)]
+Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="The server.", show_default="--host and --port")]
+
+_LOGS = ("log_level", "log_format")
+_LINKS = ("data_dir", "run_dir", "inference_endpoint", "kvdaemon_endpoint", "keys", *_LOGS)
+
+
+@app.command()
+@with_settings()
+def up(
+    settings: Settings,
+    start_timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="How long a start may take.")] = 120.0,
+    keep_arena: Annotated[
+        bool, typer.Option("--keep-arena", help="Leave the DRAM tier in memory at the end, for the next start.")
+    ] = False,
+) -> int:
+    """Start kvdaemon, inference and gateway, and keep them running until Ctrl-C."""
+    from cli.up import run_up
+
+    logs.configure("up", settings.log_level, settings.log_format)
+    return run_up(settings, start_timeout_s=start_timeout, keep_arena=keep_arena)
+
+
+@app.command()
+@with_settings("host", "port", "queue_limit", "database_url", *_LINKS)
+def gateway(settings: Settings, parent: Parent = 0) -> int:
+    """Run the gateway alone: the REST API and the queue."""
+    _enter_service("gateway", settings, parent)
+    from gateway.service import run as serve
+
+    return serve(settings.gateway_config())
+
+
+@app.command()
+@with_settings(
+    *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "retain", "max_running", "step_tokens"),
+    *("metrics_host", "metrics_port_inference", *_LINKS),
+)
+def inference(settings: Settings, parent: Parent = 0) -> int:
+    """Run inference alone: the model."""
+    _enter_service("inference", settings, parent)
+    # Before torch is loaded: OpenMP's threads, spinning while they wait, would starve loader and saver.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from inference.service import run as serve
+
+    return serve(settings.inference_config())
+
+
+@app.command()
+@with_settings("dram", "ssd", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS)
+def kvdaemon(settings: Settings, parent: Parent = 0) -> int:
+    """Run kvdaemon alone: the store of DRAM and SSD."""
+    _enter_service("kvdaemon", settings, parent)
+    from kvdaemon.service import run as serve
+
+    return serve(settings.kvdaemon_config())
+
+
+@app.command()
+@with_settings("host", "port")
+def chat(
+    settings: Settings,
+    url: Url = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model to ask for; the server's own if not given.")
+    ] = None,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System message of the conversation.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", min=0, help="0 is greedy.")] = None,
+) -> int:
+    """Chat in the terminal with a running server."""
+    from cli.chat import run_chat
+
+    return run_chat(url or settings.url(), model=model, system=system, max_tokens=max_tokens, temperature=temperature)
+
+
+@app.command()
+@with_settings()
+def doctor(
+    settings: Settings, json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+) -> int:
+    """Check this machine, and say what to change."""
+    from cli.doctor import run_doctor
+
+    return run_doctor(settings, as_json=json)
+
+
+@app.command()
+def keys(directory: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
+    """Make a pair of CURVE keys for services on several machines."""
+    make_keys(directory)
+    typer.echo(f"Copy {directory} to each machine, readable to the services only, and give them --keys {directory}.")
+
+
+def _enter_service(name: str, settings: Settings, parent: int) -> None:
+    if parent:
+        die_with(parent)
+    logs.configure(name, settings.log_level, settings.log_format)
+    prepare(settings.data_dir, settings.run_dir)
+
+
+def run() -> None:
+    """Entry point: an error of ours is one clear line and exit code 2."""
+    # Bytes that are no text (a prompt, a file name) must not end a command by being printed.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = app(standalone_mode=False)
+    except CachedAttentionError as error:
+        _complain(error.message)
+        code = 2
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        # click's own errors know how to show themselves (usage, suggestions); anything else is our bug.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("[bold red]error[/] ", end="")
+    console.print(message, markup=False)

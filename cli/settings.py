@@ -1,0 +1,246 @@
+"""Every option of every command, in one frozen type.
+
+A value comes from the flag, else from the environment (CACHEDATTENTION_PORT for --port), else from the TOML file
+of --config, else from the default. Whatever is unknown or impossible stops at start, by the name of its key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cli.keys import load_keys
+from cli.sizes import parse_size
+from gateway.config import GatewayConfig
+from inference.config import InferenceConfig
+from kvdaemon.config import KvDaemonConfig
+from monitoring.logs import LogFormat
+from protocol.errors import ConfigError
+from protocol.rpc import Curve, check_endpoint
+
+PREFIX = "CACHEDATTENTION_"
+MIB = 1024**2
+GIB = 1024**3
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Directory = Annotated[Path, AfterValidator(_absolute)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+def default_data_dir() -> Path:
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "cachedattention"
+
+
+def default_run_dir(data_dir: Path) -> Path:
+    """One directory of shared memory for each user and data directory, with a path short enough for sockets."""
+    tmpfs = Path("/dev/shm")
+    name = f"cachedattention-{os.getuid()}-{blake2b(os.fsencode(data_dir), digest_size=4).hexdigest()}"
+    return (tmpfs if tmpfs.is_dir() else Path("/tmp")) / name
+
+
+def reachable(host: str) -> str:
+    """Where to reach a server that listens on `host`, as a URL writes it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+class Settings(BaseModel):
+    """Field names are keys of the TOML file; flags and environment variables are made from them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("embedded", min_length=1, description="'embedded', a directory, or a hub id")
+    host: str = Field("127.0.0.1", min_length=1, description="address of the REST API")
+    port: Port = Field(8000, description="port of the REST API; 0 takes any")
+    data_dir: Directory = Field(default_factory=default_data_dir, description="for SSD tier, journal, secret, models")
+    run_dir: Directory = Field(
+        default_factory=lambda known: default_run_dir(known["data_dir"]),
+        description="directory on tmpfs for DRAM tier and sockets",
+    )
+    dram: Size = Field(GIB, description="size of the DRAM tier, such as 512MiB")
+    ssd: Size = Field(8 * GIB, description="size of the SSD tier; 0 switches it off")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="number format of weights and KV")
+    max_context: int | None = Field(None, ge=1, description="longest context in tokens; the model's own if not given")
+    chunk_tokens: int = Field(256, ge=1, description="tokens in a chunk, the unit of storage")
+    no_reuse: bool = Field(False, description="recompute all history: the baseline of comparisons")
+    retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device")
+    max_running: int = Field(8, ge=1, description="turns that run at once")
+    step_tokens: int = Field(512, ge=1, description="most tokens computed in one step")
+    verify: Literal["sample", "always"] = Field("sample", description="which loads from DRAM check their checksums")
+    queue_limit: int = Field(256, ge=1, description="turns that may wait; further ones are answered 429")
+    database_url: str | None = Field(None, description="SQLAlchemy URL of the journal; SQLite in data-dir if not given")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address of the services' /metrics and /ready")
+    metrics_port_inference: Port = Field(9101, description="port of inference's /metrics; 0 takes any")
+    metrics_port_kvdaemon: Port = Field(9102, description="port of kvdaemon's /metrics; 0 takes any")
+    inference_endpoint: str = Field(
+        default_factory=lambda known: f"ipc://{known['run_dir']}/inference.sock",
+        description="ZeroMQ endpoint of inference",
+    )
+    kvdaemon_endpoint: str = Field(
+        default_factory=lambda known: f"ipc://{known['run_dir']}/kvdaemon.sock",
+        description="ZeroMQ endpoint of kvdaemon",
+    )
+    keys: Directory | None = Field(None, description="directory of CURVE keys, for tcp endpoints between machines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
+    log_format: LogFormat = Field("text", description="form of log lines")
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Self:
+        """Put the sources together. `flags`: only those given; "config" names the TOML file.
+
+        Raises ConfigError: an unknown key, a bad value or a missing file, with the key and where it came from.
+        """
+        variables = _from_environment(environment)
+        config = flags.get("config") or variables.pop("config", None)
+        document = _from_file(Path(config)) if config else {}
+        given = {name: value for name, value in flags.items() if name != "config"}
+        try:
+            settings = cls(**{**document, **variables, **given})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            key = str(first["loc"][0])
+            raise ConfigError(f"{_name(key, given, variables)}: {_plain(first)}", param=key) from error
+        settings._check_together()
+        return settings
+
+    def _check_together(self) -> None:
+        """What one field alone cannot tell. Raises ConfigError."""
+        curve = self.curve()
+        for key in ("inference_endpoint", "kvdaemon_endpoint"):
+            try:
+                check_endpoint(getattr(self, key), curve)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error.message}", param=key) from error
+        looks_local = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
+        if looks_local and not Path(self.model).expanduser().is_dir():
+            raise ConfigError(f"model: {self.model} is not a directory", param="model")
+
+    def curve(self) -> Curve | None:
+        """Raises ConfigError: the key files are missing or damaged."""
+        return load_keys(self.keys) if self.keys is not None else None
+
+    def url(self) -> str:
+        """Where to reach the gateway."""
+        return f"http://{reachable(self.host)}:{self.port}"
+
+    def to_environment(self) -> dict[str, str]:
+        """These settings as environment variables: how `up` hands them to the services."""
+        values = self.model_dump()
+        return {PREFIX + name.upper(): str(value) for name, value in values.items() if value is not None}
+
+    # -- what each service needs to know -----------------------------------------------------------------------
+
+    def gateway_config(self) -> GatewayConfig:
+        return GatewayConfig(
+            host=self.host,
+            port=self.port,
+            data_dir=self.data_dir,
+            inference_endpoint=self.inference_endpoint,
+            kvdaemon_endpoint=self.kvdaemon_endpoint,
+            database_url=self.database_url,
+            queue_limit=self.queue_limit,
+            curve=self.curve(),
+        )
+
+    def inference_config(self) -> InferenceConfig:
+        return InferenceConfig(
+            model=self.model,
+            run_dir=self.run_dir,
+            data_dir=self.data_dir,
+            endpoint=self.inference_endpoint,
+            kvdaemon_endpoint=self.kvdaemon_endpoint,
+            device=self.device,
+            dtype=self.dtype,
+            max_context=self.max_context,
+            chunk_tokens=self.chunk_tokens,
+            reuse=not self.no_reuse,
+            retain_bytes=self.retain,
+            max_running=self.max_running,
+            step_tokens=self.step_tokens,
+            metrics_host=self.metrics_host,
+            metrics_port=self.metrics_port_inference,
+            curve=self.curve(),
+        )
+
+    def kvdaemon_config(self) -> KvDaemonConfig:
+        return KvDaemonConfig(
+            run_dir=self.run_dir,
+            data_dir=self.data_dir,
+            endpoint=self.kvdaemon_endpoint,
+            dram_bytes=self.dram,
+            ssd_bytes=self.ssd,
+            verify=self.verify,
+            metrics_host=self.metrics_host,
+            metrics_port=self.metrics_port_kvdaemon,
+            curve=self.curve(),
+        )
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Our variables, by key. An empty one counts as absent: compose cannot leave one out."""
+    found = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        key = variable.removeprefix(PREFIX).lower()
+        if key not in Settings.model_fields and key != "config":
+            raise _unknown(variable, key, [PREFIX + name.upper() for name in _matches(key)])
+        if value:
+            found[key] = value
+    return found
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}", param="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not TOML: {error}", param="config") from error
+    values = {}
+    for written, value in document.items():
+        key = written.replace("-", "_")  # as on the command line
+        if key not in Settings.model_fields:
+            raise _unknown(f"{written} in {path}", key, _matches(key))
+        values[key] = value
+    return values
+
+
+def _matches(key: str) -> list[str]:
+    return difflib.get_close_matches(key, Settings.model_fields, n=2, cutoff=0.6)
+
+
+def _unknown(what: str, key: str, matches: list[str]) -> ConfigError:
+    hint = f"; did you mean {' or '.join(matches)}?" if matches else ""
+    return ConfigError(f"unknown key {what}{hint}", param=key)
+
+
+def _name(key: str, flags: Mapping[str, Any], variables: Mapping[str, str]) -> str:
+    """A key as its source writes it."""
+    if key in flags:
+        return f"--{key.replace('_', '-')}"
+    return PREFIX + key.upper() if key in variables else key
+
+
+def _plain(error: Any) -> str:
+    """What pydantic says of a value, without its own vocabulary."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message if repr(error["input"]) in message else f"{message}, not {error['input']!r}"

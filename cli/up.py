@@ -1,0 +1,275 @@
+"""`cachedattention up`: the three services as one system that starts, heals and ends as one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+from rich.console import Console
+from rich.status import Status
+
+from cli.child import Child
+from cli.places import prepare, sweep
+from cli.settings import PREFIX, Settings, reachable
+from protocol.arena import exclusive
+from protocol.errors import ConfigError
+
+_START_ORDER = ("kvdaemon", "inference", "gateway")
+_STOP_LIMIT_S = {"gateway": 15.0, "inference": 15.0, "kvdaemon": 20.0}  # in this order
+_HURRY_S = 3.0
+_DEGRADED_PATIENCE_S = 5.0  # a start waits this long for a service that is ready, but not in full
+_POLL_S = 0.15
+_FIRST_BACKOFF_S = 0.5
+_LONGEST_BACKOFF_S = 10.0
+_HEALTHY_AFTER_S = 60.0
+
+
+class StartFailed(ConfigError):
+    """A service died or did not become ready; the message carries its last words."""
+
+
+def restart_delay_s(previous_s: float, ran_s: float) -> float:
+    """How long to wait before a service that died is started again: doubled each time, forgiven after a minute."""
+    if ran_s >= _HEALTHY_AFTER_S or previous_s <= 0.0:
+        return _FIRST_BACKOFF_S
+    return min(2 * previous_s, _LONGEST_BACKOFF_S)
+
+
+def run_up(settings: Settings, *, start_timeout_s: float, keep_arena: bool) -> int:
+    """Run the system until SIGINT or SIGTERM. Returns 0 after an orderly end.
+
+    Raises ConfigError: a port is in use, the directories are in use, or a service cannot start.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll is no news
+    prepare(settings.data_dir, settings.run_dir)
+    with (
+        exclusive(settings.data_dir / "up.lock", "cachedattention up"),
+        exclusive(settings.run_dir / "up.lock", "cachedattention up", param="run_dir"),
+    ):
+        system = _System(_with_ports(settings), Console(highlight=False, soft_wrap=True))
+        try:
+            clean = asyncio.run(system.run(start_timeout_s))
+        finally:
+            # Daemon and arena agree only where the daemon came to its end by itself; otherwise the next one adopts it.
+            keep = keep_arena or system.kvdaemon_ended_badly
+            sweep(settings.run_dir, keep_arena=keep)
+    return 0 if clean else 1
+
+
+@dataclass
+class _Watched:
+    child: Child
+    url: str  # of its status endpoints
+    started_s: float = 0.0
+    delay_s: float = 0.0
+
+
+class _System:
+    def __init__(self, settings: Settings, console: Console) -> None:
+        metrics_host = reachable(settings.metrics_host)
+        self._settings = settings
+        self._console = console
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._url = settings.url()
+        urls = {
+            "kvdaemon": f"http://{metrics_host}:{settings.metrics_port_kvdaemon}",
+            "inference": f"http://{metrics_host}:{settings.metrics_port_inference}",
+            "gateway": self._url,
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        environment = inherited | settings.to_environment()
+        self._services = {name: _Watched(Child(name, environment), urls[name]) for name in _START_ORDER}
+
+    @property
+    def kvdaemon_ended_badly(self) -> bool:
+        return self._services["kvdaemon"].child.exit_code != 0
+
+    async def run(self, start_timeout_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored: started by nohup, or in the background
+                loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._start_all(start_timeout_s)
+            if not self._stop.is_set():
+                self._announce()
+                await self._watch_all()
+        finally:
+            clean = await self._stop_all()
+        return clean
+
+    def _on_signal(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    async def _start_all(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        with Status("starting", console=self._console) as status:
+            for service in self._services.values():
+                service.started_s = time.monotonic()
+                await service.child.start()
+            async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
+                ready_s: float | None = None
+                while not self._stop.is_set():
+                    states = {name: await _state(client, service.url) for name, service in self._services.items()}
+                    self._check_alive()
+                    status.update(" · ".join(f"{name}: {text}" for name, (_, text) in states.items()))
+                    now = time.monotonic()
+                    if all(ready for ready, _ in states.values()):
+                        ready_s = ready_s if ready_s is not None else now
+                        problems = [f"{name}: {text}" for name, (_, text) in states.items() if text != "ok"]
+                        if not problems:
+                            return
+                        if now - ready_s > _DEGRADED_PATIENCE_S:
+                            self._console.print(f"[yellow]degraded[/]  {'; '.join(problems)}")
+                            return
+                    if now > deadline_s:
+                        late = [name for name, (ready, _) in states.items() if not ready]
+                        raise StartFailed(self._last_words(late[0], f"was not ready within {timeout_s:g} s"))
+                    await self._pause(_POLL_S)
+
+    def _check_alive(self) -> None:
+        """Raises StartFailed: a service ended while it should start."""
+        for name, service in self._services.items():
+            if not service.child.is_running:
+                raise StartFailed(self._last_words(name, f"ended at start ({_how(service.child.exit_code)})"))
+
+    def _last_words(self, name: str, what: str) -> str:
+        lines = self._services[name].child.last_lines
+        return f"{name} {what}" + (":\n  " + "\n  ".join(lines) if lines else "")
+
+    def _announce(self) -> None:
+        for service in self._services.values():
+            service.child.is_quiet = False
+        body = '{"model": "%s", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}'
+        model = self._settings.model if self._settings.model == "embedded" else "MODEL"
+        print_ = self._console.print
+        print_(f"[bold green]ready[/]    {self._url}")
+        for name in ("inference", "kvdaemon"):
+            print_(f"metrics  {self._services[name].url}/metrics  ({name})")
+        print_(f"metrics  {self._url}/metrics  (gateway)\n")
+        print_("Try it:\n")
+        print_(f"  curl {self._url}/v1/chat/completions \\\n    -H 'Content-Type: application/json' \\")
+        print_(f"    -d {shlex.quote(body % model)}\n", markup=False)
+        print_(f"  cachedattention chat --url {self._url}\n")
+        print_("[dim]Ctrl-C stops everything.[/]")
+
+    # -- while it runs ---------------------------------------------------------------------------------------------
+
+    async def _watch_all(self) -> None:
+        watchers = [asyncio.create_task(self._watch(name, service)) for name, service in self._services.items()]
+        stopped = asyncio.create_task(self._stop.wait())
+        done, _ = await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*watchers, stopped):
+            task.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+        for task in done - {stopped}:
+            task.result()  # a watcher ends only by a bug: say so
+
+    async def _watch(self, name: str, service: _Watched) -> None:
+        while True:
+            code = await service.child.wait()
+            if self._stop.is_set():
+                return
+            service.delay_s = restart_delay_s(service.delay_s, time.monotonic() - service.started_s)
+            self._console.print(
+                f"[yellow]{name} ended ({_how(code)}); starting it again in {service.delay_s:g} s[/]", highlight=False
+            )
+            await asyncio.sleep(service.delay_s)
+            service.started_s = time.monotonic()
+            await service.child.start()
+
+    # -- stop ----------------------------------------------------------------------------------------------------
+
+    async def _stop_all(self) -> bool:
+        """Gateway first, so that nothing new comes; the daemon last, so that all is saved. True: all ended by 0."""
+        clean = True
+        for name, limit_s in _STOP_LIMIT_S.items():
+            child = self._services[name].child
+            if not child.is_running:
+                continue
+            child.is_quiet = False
+            with Status(f"stopping {name}", console=self._console):
+                clean = await self._stop_one(child, limit_s) and clean
+        return clean
+
+    async def _stop_one(self, child: Child, limit_s: float) -> bool:
+        child.terminate()
+        ended = asyncio.create_task(child.wait())
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({ended, hurried}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done() and self._hurry.is_set():
+            child.terminate()
+            await asyncio.wait({ended}, timeout=_HURRY_S)
+        hurried.cancel()
+        if not ended.done():
+            self._console.print(f"[red]{child.name} did not stop; killed[/]")
+            child.kill()
+        return await ended == 0
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+
+
+async def _state(client: httpx.AsyncClient, url: str) -> tuple[bool, str]:
+    """Whether a service is ready, and what it says about itself."""
+    try:
+        response = await client.get(f"{url}/ready")
+        body = response.json()
+        text = str(body.get("reason") or body.get("state") or response.status_code)
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return False, "starting"
+    return response.status_code == 200, text
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "never started"
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def _with_ports(settings: Settings) -> Settings:
+    """Settings with every port known and free. Raises ConfigError: one is in use, or two are the same."""
+    chosen: dict[str, int] = {}
+    with contextlib.ExitStack() as held:
+        for key, host in (
+            ("port", settings.host),
+            ("metrics_port_inference", settings.metrics_host),
+            ("metrics_port_kvdaemon", settings.metrics_host),
+        ):
+            chosen[key] = _take_port(key, host, getattr(settings, key), held.callback)
+    return settings.model_copy(update=chosen)
+
+
+def _take_port(key: str, host: str, port: int, on_exit: Callable[[Callable[[], None]], object]) -> int:
+    flag = f"--{key.replace('_', '-')}"
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        probe = socket.socket(family, kind, number)
+        on_exit(probe.close)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        probe.listen()  # with SO_REUSEADDR two sockets may be bound, but only one may listen
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{key}: cannot listen on {host} port {port}: {reason}; choose another {flag}", param=key
+        ) from (error)
+    return int(probe.getsockname()[1])
