@@ -24,6 +24,7 @@ from gateway.tenants import Tenants, load_secret
 from gateway.turns import Turns
 from monitoring.gateway_metrics import GatewayMetrics
 from monitoring.logs import get_logger
+from monitoring.registry import new_registry
 from monitoring.status_server import Readiness
 from protocol.arena import exclusive
 from protocol.errors import ConfigError
@@ -72,7 +73,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, tenants: Tenants, journal: Journal) -> None:
         """Use Gateway.open."""
         self._drain_s = config.drain_s
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(new_registry())
         self._journal = journal
         self._inference = InferenceLink(config.inference_endpoint, config.curve, self._peers_changed)
         self._hints = QueueHints(config.kvdaemon_endpoint, config.curve, self._peers_changed)

@@ -105,6 +105,7 @@ class Turn:
             self._events.put_nowait(started)
 
     def extend(self, delta: TurnDelta, now_s: float) -> None:
+        """Raises PeerProtocolError: the turn was never taken in."""
         self._note_token(now_s)
         self.text += delta.text
         self.tokens += delta.tokens
@@ -122,8 +123,8 @@ class Turn:
         usage = done.usage
         if usage.hbm + usage.dram + usage.ssd + usage.computed + sum(usage.missed.values()) != usage.prompt_tokens:
             raise InternalError(f"the sources of a prompt do not add up to its length: {usage}")
-        self._settled = True
         self._note_token(now_s)
+        self._settled = True
         tail = TurnDelta(done.text[len(self.text) :], done.tokens[len(self.tokens) :])
         self.text, self.tokens = done.text, done.tokens
         return tail
@@ -136,5 +137,7 @@ class Turn:
         self._events.put_nowait(error)
 
     def _note_token(self, now_s: float) -> None:
+        if not self._started:  # a client that streams would miss what came before its first byte
+            raise PeerProtocolError("inference answered a turn before it said that it had started")
         if self.first_token_s is None:
             self.first_token_s = now_s

@@ -13,11 +13,9 @@ _PREFIX = "cachedattention"
 
 
 class GatewayMetrics:
-    """All metrics of one gateway. Safe from any thread."""
+    """All metrics of one gateway, in the registry passed in. Safe from any thread."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        """registry: where they are registered; None: a new one."""
-        registry = registry or CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
         def histogram(name: str, what: str) -> Histogram:

@@ -11,7 +11,7 @@ remembers the contexts it served as a real one does: the part of a prompt that a
     "... [bytes] ..."               ends its answer with a byte that is no UTF-8
     "... [die N] ..."               kills its own process after N tokens, unless it is told to resume
     "... [die-once N FILE] ..."     the same, only while FILE is not there; makes it
-    "... [bad-key] ...", "[bad-sum]", "[bad-text]"   break a promise of the protocol
+    "... [bad-key] ...", "[bad-sum]", "[bad-text]", "[unstarted]"   break a promise of the protocol
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class ScriptedInference:
         if match := re.search(r"\[fail (\w+)\]", asked):
             raise from_wire(match[1], "as scripted", "messages" if "context" in match[1] else None)
         prompt = render(turn.messages)
-        await call.send(TurnStarted(len(prompt)))
+        if "[unstarted]" not in asked:
+            await call.send(TurnStarted(len(prompt)))
         await self.hold.wait()
         whole = answer_to(turn.messages)
         finish_reason = "stop"

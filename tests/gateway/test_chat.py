@@ -263,6 +263,13 @@ def test_another_answer_than_streamed_is_refused(served: ServedGateway) -> None:
     assert json.loads(events[-1])["error"]["code"] == "peer_protocol_error"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_before_its_start_is_refused(served: ServedGateway, stream: bool) -> None:
+    reply = served.post({"model": MODEL, "messages": talk("x [unstarted]"), "stream": stream})
+    assert reply.status_code == 502
+    assert reply.json()["error"]["code"] == "peer_protocol_error"
+
+
 def test_one_log_line_per_turn(served: ServedGateway) -> None:
     with capture_logs() as lines:
         served.chat("hi")
