@@ -71,7 +71,7 @@ def _stream(gateway: ServedGateway | GatewayProcess, text: str) -> tuple[str, li
 
 def test_a_stream_goes_on_where_it_stopped(mortal: ServedGateway, peer: PeerProcess, pool: ThreadPoolExecutor) -> None:
     """Killed in the middle of a character of three bytes: nothing is lost, nothing comes twice."""
-    asked = "a✓ [die 12]"
+    asked = "a✓ [die 12] [slow 0.02]"  # slow enough for what was sampled to leave the process before it dies
     answer = pool.submit(_stream, mortal, asked)
     peer.wait_dead()
     peer.restart()
