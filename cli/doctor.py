@@ -145,7 +145,7 @@ def _run_dir(settings: Settings) -> Iterator[Finding]:
 
 def _data_dir(settings: Settings) -> Iterator[Finding]:
     place = _nearest(settings.data_dir)
-    if not os.access(place, os.W_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK):
         yield Finding("data-dir", "fail", f"{place} cannot be written", "another --data-dir, or its permissions")
         return
     for name in ("up", "kvdaemon", "gateway"):

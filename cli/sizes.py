@@ -24,8 +24,8 @@ def parse_size(text: str) -> int:
 
 def format_size(count: float) -> str:
     """Three digits are enough: "8 GiB", "1.5 MiB", "17 B"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    return f"{count:.3g} TiB"
+        del units[0]
+    return f"{count:.0f} {units[0]}" if count >= 99.95 else f"{count:.3g} {units[0]}"
