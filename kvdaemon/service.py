@@ -280,6 +280,8 @@ class KvDaemon:
         self.store.bind(DramTier(arena))
         if self.ssd is not None:
             await self.ssd.attach(arena)
+            # The worker starts again after it let go of an old arena; the client's first requests shall find it.
+            await self.ssd.wait_up(_SSD_START_S)
         log.info("arena made", slots=arena.slots, bytes=arena.size_bytes)
 
     def _opened_by(self, call: Call) -> bytes:

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
-from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, Stalled, Tables
+from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Stalled, Tables
 from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
 from protocol.arena import Arena, SlotState, exclusive
@@ -291,8 +291,9 @@ class SsdWorker:
             found = await self._in_thread(lambda: list(self._tables.records(request.after, request.limit)))
         damaged = [item for item in found if isinstance(item, bytes)]
         if damaged:
+            log.error("damaged chunk records on SSD", records=len(damaged))
             self._corrupt_records += len(damaged)
-            await self._forget(damaged)
+            await self._forget([chunk_id for chunk_id in damaged if chunk_id])
         page = tuple(
             SsdRecord(r.chunk_id, r.parent_id, r.namespace, r.tokens, r.size_bytes, r.written_s)
             for r in found
@@ -383,11 +384,9 @@ def open_tables(path: Path) -> tuple[Tables, str]:
         moved_aside = _move_aside(path)
     try:
         return Tables(path), moved_aside
-    except CapacityError:
+    except (CapacityError, DatabaseInUse):
         raise
     except PeerError as error:
-        if "lock" in error.message.lower():  # another process has it open: it is not damaged
-            raise
         log.error("RocksDB cannot be opened", reason=error.message)
         moved_aside = _move_aside(path)
         return Tables(path), moved_aside

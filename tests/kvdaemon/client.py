@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -282,6 +283,25 @@ class DaemonProcess:
                 return int(line)
         return None
 
+    def metrics_port(self) -> int:
+        """The daemon took any free port; the kernel knows which."""
+        inodes = {
+            match[1]
+            for fd in Path(f"/proc/{self.pid}/fd").iterdir()
+            if (match := re.match(r"socket:\[(\d+)\]", _link(fd)))
+        }
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and fields[3] == "0A":
+                return int(fields[1].split(":")[1], 16)
+        raise AssertionError("the daemon listens on no port")
+
+    def metrics(self) -> str:
+        return scrape(self.metrics_port())
+
+    def health(self) -> str:
+        return scrape(self.metrics_port(), "health")
+
     def kill(self) -> None:
         """kill -9."""
         assert self.process is not None
@@ -300,7 +320,7 @@ class DaemonProcess:
 
 @contextmanager
 def running_daemon(base: Path, **fields: Any) -> Iterator[DaemonProcess]:
-    """A daemon with a run directory in shared memory and its data below `base`. Prints its log when the test fails."""
+    """A daemon with a run directory in shared memory and its data below `base`. Prints its log at the end."""
     run_dir = Path("/dev/shm") / f"kvd-{os.getpid()}-{new_id().hex()[:8]}"
     run_dir.mkdir(mode=0o700)
     data_dir = base / "data"
@@ -308,14 +328,19 @@ def running_daemon(base: Path, **fields: Any) -> Iterator[DaemonProcess]:
     daemon = DaemonProcess(run_dir, data_dir, **fields)
     try:
         yield daemon.start()
-    except BaseException:
-        print(daemon.log_text())
-        raise
     finally:
         daemon.close()
+        print(daemon.log_text())  # pytest shows it where the test failed
         for path in sorted(run_dir.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         run_dir.rmdir()
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # closed since it was listed
+        return ""
 
 
 def scrape(port: int, path: str = "metrics") -> str:
