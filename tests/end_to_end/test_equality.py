@@ -27,6 +27,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_model(home / family, family, max_context=_CONTEXT) for family in _FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def references(models: dict[str, Path]) -> dict[str, Reference]:
+    return {family: Reference(directory) for family, directory in models.items()}
+
+
 def scripts(count: int) -> tuple[Script, ...]:
     return real_scripts(count, _CONTEXT // 2) if REAL_TEXT.is_dir() else own_scripts()
 
@@ -43,10 +48,10 @@ def settle(played: Played) -> None:
 
 @pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("family", _FAMILIES)
-def test_history_in_dram(models: dict[str, Path], family: str, parallel: int) -> None:
+def test_history_in_dram(models: dict[str, Path], references: dict[str, Reference], family: str, parallel: int) -> None:
     """Nothing is retained on the device: all history comes through the arena."""
     with running_stack(models[family], dtype="float32", retain=0, dram="256MiB", ssd="1GiB") as stack:
-        player = Player(stack, Reference(models[family]), between_turns=lambda _: wait_saved(stack))
+        player = Player(stack, references[family], between_turns=lambda _: wait_saved(stack))
         played = player.play(scripts(20), parallel)
     settle(played)
     assert played.hits["dram"] > 0
@@ -55,17 +60,19 @@ def test_history_in_dram(models: dict[str, Path], family: str, parallel: int) ->
 
 @pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("family", _FAMILIES)
-def test_history_in_working_kv(models: dict[str, Path], family: str, parallel: int) -> None:
+def test_history_in_working_kv(
+    models: dict[str, Path], references: dict[str, Reference], family: str, parallel: int
+) -> None:
     """Quick follow-ups find their pages on the device."""
     with running_stack(models[family], dtype="float32", retain="256MiB", dram="64MiB", ssd="1GiB") as stack:
-        played = Player(stack, Reference(models[family])).play(scripts(20), parallel)
+        played = Player(stack, references[family]).play(scripts(20), parallel)
     settle(played)
     assert played.hits["hbm"] > 0
 
 
 @pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("family", _FAMILIES)
-def test_history_on_ssd(models: dict[str, Path], family: str, parallel: int) -> None:
+def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference], family: str, parallel: int) -> None:
     """Twenty conversations take turns and DRAM holds about half of their KV: history comes from SSD."""
     with running_stack(models[family], dtype="float32", retain=0, dram="14MiB", ssd="1GiB") as stack:
 
@@ -73,7 +80,7 @@ def test_history_on_ssd(models: dict[str, Path], family: str, parallel: int) -> 
             wait_saved(stack)
             stack.wait_metric("kvdaemon", "cachedattention_write_behind_queue", 0.0)
 
-        player = Player(stack, Reference(models[family]), between_turns=flushed)
+        player = Player(stack, references[family], between_turns=flushed)
         played = player.play(scripts(20), parallel, open_at_once=20)
     settle(played)
     assert played.hits["ssd"] > 0

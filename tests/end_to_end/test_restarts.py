@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,22 +97,31 @@ def test_turns_without_a_daemon_are_recomputed(stack: Stack, model: Path) -> Non
 def test_a_kill_during_a_turn_does_not_lose_it(stack: Stack, model: Path, killed: tuple[Service, ...]) -> None:
     """kill -9 while turns run: each is still answered, right, by the same request."""
     stop = threading.Event()
+    kills = 0
 
     def killer() -> None:
-        for delay in itertools.cycle((0.3, 0.55, 0.8)):
-            if stop.wait(delay + 2.0):
-                return
+        nonlocal kills
+        for delay in (0.05, 0.2, 0.4, 0.1):
+            while stack.metrics("inference")["cachedattention_engine_running_jobs"] == 0:
+                if stop.wait(0.01):
+                    return
+            time.sleep(delay)
             stack.kill(*killed)
+            kills += 1
             stack.start(*killed)
+            if stop.wait(1.0):
+                return
 
     thread = threading.Thread(target=killer)
     thread.start()
     try:
-        played = Player(stack, Reference(model), max_tokens=150, expect_hits=False).play(own_scripts()[:3], parallel=3)
+        player = Player(stack, Reference(model), max_tokens=150, expect_hits=False)
+        played = player.play(own_scripts()[:3], parallel=3)
     finally:
         stop.set()
         thread.join()
     assert played.turns == sum(len(script.turns) for script in own_scripts()[:3])
+    assert kills >= 2
 
 
 def test_the_journal_survives_a_gateway_killed_during_a_turn(stack: Stack, model: Path) -> None:
