@@ -46,7 +46,7 @@ def run_chat(url: str, *, model: str | None, system: str, max_tokens: int | None
     """Chat until /quit or the end of input. Raises PeerUnavailable: no server there; ConfigError: no such model."""
     options = {"max_tokens": max_tokens, "temperature": temperature}
     console = Console(highlight=False, soft_wrap=True)
-    with httpx.Client(base_url=url.rstrip("/"), timeout=_PATIENCE, trust_env=False) as client:
+    with _client(url) as client:
         chat = _Chat(client, console, {key: value for key, value in options.items() if value is not None})
         chat.model = _choose(_get_models(client, url), model)
         return chat.run(Conversation(system))
@@ -192,12 +192,19 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
+def _client(url: str) -> httpx.Client:
+    try:
+        return httpx.Client(base_url=url.rstrip("/"), timeout=_PATIENCE, trust_env=False)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url: {error}", param="url") from error
+
+
 def _get_models(client: httpx.Client, url: str) -> list[str]:
     try:
         response = client.get("/v1/models")
         response.raise_for_status()
         return [str(model["id"]) for model in response.json()["data"]]
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+    except httpx.UnsupportedProtocol as error:
         raise ConfigError(f"--url: {error}", param="url") from error
     except httpx.HTTPStatusError as error:
         raise PeerUnavailable(f"{url}: {_refusal(error.response)}") from error

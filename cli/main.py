@@ -56,9 +56,10 @@ def up(
 def gateway(settings: Settings, parent: Parent = 0) -> int:
     """Run the gateway alone: the REST API and the queue."""
     _enter_service("gateway", settings, parent)
+    config = settings.gateway_config()
     from gateway.service import run as serve
 
-    return serve(settings.gateway_config())
+    return serve(config)
 
 
 @app.command()
@@ -69,11 +70,12 @@ def gateway(settings: Settings, parent: Parent = 0) -> int:
 def inference(settings: Settings, parent: Parent = 0) -> int:
     """Run inference alone: the model."""
     _enter_service("inference", settings, parent)
+    config = settings.inference_config()
     # Before torch is loaded: OpenMP's threads, spinning while they wait, would starve loader and saver.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from inference.service import run as serve
 
-    return serve(settings.inference_config())
+    return serve(config)
 
 
 @app.command()
@@ -81,9 +83,10 @@ def inference(settings: Settings, parent: Parent = 0) -> int:
 def kvdaemon(settings: Settings, parent: Parent = 0) -> int:
     """Run kvdaemon alone: the store of DRAM and SSD."""
     _enter_service("kvdaemon", settings, parent)
+    config = settings.kvdaemon_config()
     from kvdaemon.service import run as serve
 
-    return serve(settings.kvdaemon_config())
+    return serve(config)
 
 
 @app.command()

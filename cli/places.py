@@ -6,10 +6,12 @@ import contextlib
 import os
 from pathlib import Path
 
+from protocol.arena import exclusive
 from protocol.errors import ConfigError
 
 _SOCKETS = ("kvdaemon.sock", "inference.sock", "ssd.sock")
-_LOCKS = ("up.lock", "kvdaemon.lock", "ssd.lock")
+_RUN_LOCKS = ("up.lock", "kvdaemon.lock", "ssd.lock")
+_DATA_LOCKS = ("gateway.lock", "kvdaemon.lock")
 
 
 def prepare(data_dir: Path, run_dir: Path) -> None:
@@ -24,9 +26,13 @@ def prepare(data_dir: Path, run_dir: Path) -> None:
         run_dir.chmod(0o700)
 
 
-def sweep(run_dir: Path, *, keep_arena: bool) -> None:
-    """Remove what the services leave in the run directory, and the directory where nothing else is in it."""
-    leftovers = [run_dir / name for name in (*_SOCKETS, *_LOCKS, ".arena.new")]
+def sweep(data_dir: Path, run_dir: Path, *, keep_arena: bool) -> None:
+    """Remove what services that were killed leave: all of the run directory, and locks that nobody holds."""
+    for name in _DATA_LOCKS:
+        if (data_dir / name).exists():
+            with contextlib.suppress(ConfigError), exclusive(data_dir / name, name):
+                pass  # it removes the file at its end
+    leftovers = [run_dir / name for name in (*_SOCKETS, *_RUN_LOCKS, ".arena.new")]
     if not keep_arena:
         leftovers.append(run_dir / "arena")
     leftovers += (run_dir / "clients").glob("*")

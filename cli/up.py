@@ -50,18 +50,24 @@ def run_up(settings: Settings, *, start_timeout_s: float, keep_arena: bool) -> i
     Raises ConfigError: a port is in use, the directories are in use, or a service cannot start.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll is no news
+    # What a service would refuse is better refused here, before anything runs.
+    for make_config in (settings.kvdaemon_config, settings.inference_config, settings.gateway_config):
+        make_config()
     prepare(settings.data_dir, settings.run_dir)
     with (
         exclusive(settings.data_dir / "up.lock", "cachedattention up"),
         exclusive(settings.run_dir / "up.lock", "cachedattention up", param="run_dir"),
     ):
-        system = _System(_with_ports(settings), Console(highlight=False, soft_wrap=True))
+        keep = True  # what an earlier run left, until we know better
         try:
-            clean = asyncio.run(system.run(start_timeout_s))
+            system = _System(_with_ports(settings), Console(highlight=False, soft_wrap=True))
+            try:
+                clean = asyncio.run(system.run(start_timeout_s))
+            finally:
+                # Arena and SSD agree only where the daemon came to its end; otherwise the next one adopts the arena.
+                keep = keep_arena or system.kvdaemon_ended_badly
         finally:
-            # Daemon and arena agree only where the daemon came to its end by itself; otherwise the next one adopts it.
-            keep = keep_arena or system.kvdaemon_ended_badly
-            sweep(settings.run_dir, keep_arena=keep)
+            sweep(settings.data_dir, settings.run_dir, keep_arena=keep)
     return 0 if clean else 1
 
 

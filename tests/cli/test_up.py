@@ -194,6 +194,13 @@ def test_a_wrong_option_is_one_clear_line(tmp_path: Path) -> None:
     assert done.stderr == b"error --dram: 'plenty' is no size; write 512MiB, 2GB or a number of bytes\n"
 
 
+def test_what_a_service_would_refuse_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = cli(*up_arguments(tmp_path / "data", tmp_path / "run"), "--chunk-tokens", "5")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error chunk_tokens must be at least 16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_service_alone_reports_what_stops_it(tmp_path: Path) -> None:
     done = cli("inference", "--data-dir", str(tmp_path), "--chunk-tokens", "5")
     assert done.returncode == 2
