@@ -14,8 +14,9 @@ from benchmarks.stack import SERVICES, Service, Stack, running_stack
 
 MIB = 1024 * 1024
 _DRAM_MIB = 128
-# Allocators and caches settle during the first part; what comes on top after it is growth.
+# Allocators and bounded caches fill during the first part; what comes on top after it is growth.
 _ALLOWED_GROWTH_MIB = 24
+_ALLOWED_GROWTH_SHORT_MIB = 64  # in the short form the caches are still filling; one leaked turn is about 1 MiB
 _ALLOWED_OVER_DRAM_MIB = 250
 
 
@@ -63,19 +64,19 @@ def soak(turns: int, settle: int) -> dict[str, tuple[float, float]]:
     return {service: (before[service], after[service]) for service in SERVICES}
 
 
-def check(figures: dict[str, tuple[float, float]]) -> None:
+def check(figures: dict[str, tuple[float, float]], allowed_mib: float) -> None:
     for service, (before, after) in figures.items():
         print(f"{service}: {before:.0f} MiB, at the end {after:.0f} MiB")
-        assert after - before <= _ALLOWED_GROWTH_MIB, f"{service} grew from {before:.0f} to {after:.0f} MiB"
+        assert after - before <= allowed_mib, f"{service} grew from {before:.0f} to {after:.0f} MiB"
 
 
 def test_hundreds_of_turns() -> None:
     """The short form, for every run of the tests."""
-    check(soak(turns=400, settle=200))
+    check(soak(turns=600, settle=300), _ALLOWED_GROWTH_SHORT_MIB)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_turns() -> None:
     """`make soak`. The variable SOAK_TURNS changes the number."""
-    check(soak(turns=int(os.environ.get("SOAK_TURNS", "10000")), settle=1000))
+    check(soak(turns=int(os.environ.get("SOAK_TURNS", "10000")), settle=2500), _ALLOWED_GROWTH_MIB)
