@@ -55,8 +55,8 @@ def up(
 @with_settings("host", "port", "queue_limit", "database_url", *_LINKS)
 def gateway(settings: Settings, parent: Parent = 0) -> int:
     """Run the gateway alone: the REST API and the queue."""
-    _enter_service("gateway", settings, parent)
     config = settings.gateway_config()
+    _enter_service("gateway", settings, parent)
     from gateway.service import run as serve
 
     return serve(config)
@@ -69,8 +69,8 @@ def gateway(settings: Settings, parent: Parent = 0) -> int:
 )
 def inference(settings: Settings, parent: Parent = 0) -> int:
     """Run inference alone: the model."""
-    _enter_service("inference", settings, parent)
     config = settings.inference_config()
+    _enter_service("inference", settings, parent)
     # Before torch is loaded: OpenMP's threads, spinning while they wait, would starve loader and saver.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from inference.service import run as serve
@@ -82,8 +82,8 @@ def inference(settings: Settings, parent: Parent = 0) -> int:
 @with_settings("dram", "ssd", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS)
 def kvdaemon(settings: Settings, parent: Parent = 0) -> int:
     """Run kvdaemon alone: the store of DRAM and SSD."""
-    _enter_service("kvdaemon", settings, parent)
     config = settings.kvdaemon_config()
+    _enter_service("kvdaemon", settings, parent)
     from kvdaemon.service import run as serve
 
     return serve(config)

@@ -202,6 +202,8 @@ def test_what_a_service_would_refuse_is_refused_before_anything_runs(tmp_path: P
 
 
 def test_a_service_alone_reports_what_stops_it(tmp_path: Path) -> None:
-    done = cli("inference", "--data-dir", str(tmp_path), "--chunk-tokens", "5")
+    places = ("--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run"))
+    done = cli("inference", *places, "--chunk-tokens", "5")
     assert done.returncode == 2
     assert b"chunk_tokens" in done.stderr
+    assert list(tmp_path.iterdir()) == []
