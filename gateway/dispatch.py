@@ -58,7 +58,7 @@ class Dispatcher:
             self._grants.pop(turn_id, None)
             self._parent_keys.pop(turn_id, None)
             self._queue.release(turn_id)
-            self.pump()
+            self.pump()  # the place is somebody else's while this turn's end is journaled
 
     def pump(self) -> None:
         """Dispatch whom there is room for, and tell who still waits."""

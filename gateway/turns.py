@@ -31,6 +31,8 @@ from protocol.messages import TurnDelta, TurnDone, TurnStarted
 log = get_logger(__name__)
 
 MAX_ATTEMPTS = 3
+# A process on its way out ends its turns before its connection: attempts at once would all go to the same dying one.
+_RETRY_PAUSE_S = 0.4  # times the number of attempts
 _AFTER_ABORT_S = 5.0  # for an aborted turn to reach its journal entry
 
 
@@ -130,6 +132,7 @@ class Turns:
                 self._metrics.observe_retry()
             finally:
                 turn.is_running = False
+            await asyncio.sleep(_RETRY_PAUSE_S * turn.attempts)
 
     async def _attempt(self, turn: Turn) -> TurnDone:
         if self._inference.model.namespace != turn.model.namespace:

@@ -7,6 +7,7 @@ remembers the contexts it served as a real one does: the part of a prompt that a
     "... [slow 0.05] ..."           waits so many seconds before each token
     "... [length N] ..."            answers N letters
     "... [fail CODE] ..."           refuses with that error before it starts
+    "... [going S] ..."             is on its way out: gives turns up for the first S seconds, still connected
     "... [break N] ..."             fails with an internal error after N tokens
     "... [bytes] ..."               ends its answer with a byte that is no UTF-8
     "... [die N] ..."               kills its own process after N tokens, unless it is told to resume
@@ -21,10 +22,11 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol.errors import from_wire
+from protocol.errors import Cancelled, from_wire
 from protocol.ids import Message, digest, new_id, pack_tokens, turn_key, unpack_tokens
 from protocol.messages import (
     Ack,
@@ -65,6 +67,7 @@ class ScriptedInference:
     def __init__(self, endpoint: str, max_running: int = 4, weights: bytes = b"weights") -> None:
         self.model = ModelInfo(MODEL, digest("test", weights), digest("test", b"template"), 4096, max_running)
         self.turns: list[RunTurn] = []
+        self._first_turn_s = 0.0
         self.running = 0
         self.most_running = 0
         self.cancelled = 0
@@ -72,10 +75,15 @@ class ScriptedInference:
         self.hold.set()
         self.server = RpcServer(endpoint, "inference", {GetModel: self._get_model, RunTurn: self._run_turn})
 
+    def _since_first_turn_s(self) -> float:
+        return time.monotonic() - self._first_turn_s
+
     async def _get_model(self, call: Call, message: GetModel) -> ModelInfo:
         return self.model
 
     async def _run_turn(self, call: Call, turn: RunTurn) -> TurnDone:
+        if not self.turns:
+            self._first_turn_s = time.monotonic()
         self.turns.append(turn)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -91,6 +99,8 @@ class ScriptedInference:
         asked = turn.messages[-1].content
         if match := re.search(r"\[fail (\w+)\]", asked):
             raise from_wire(match[1], "as scripted", "messages" if "context" in match[1] else None)
+        if (match := re.search(r"\[going ([\d.]+)\]", asked)) and self._since_first_turn_s() < float(match[1]):
+            raise Cancelled("as scripted")
         prompt = render(turn.messages)
         if "[unstarted]" not in asked:
             await call.send(TurnStarted(len(prompt)))

@@ -128,6 +128,12 @@ def test_an_orderly_restart_of_inference_interrupts_nothing(served: ServedGatewa
     assert tokens == [*text.encode(), END]
 
 
+def test_attempts_are_not_wasted_on_a_process_that_is_going(served: ServedGateway) -> None:
+    """Between the end of its turns and the end of its connection a process takes new ones only to drop them."""
+    served.chat("x [going 0.6]")
+    assert len(served.peer.turns) <= 3
+
+
 def test_turns_wait_for_inference_up_to_their_deadline(directory: Path, pool: ThreadPoolExecutor) -> None:
     gateway = ServedGateway(directory, turn_timeout_s=3.0)
     try:
@@ -265,6 +271,25 @@ def test_stop_ends_what_does_not_end_itself(
     assert [row.status for row in journaled(process.data_dir)] == ["failed", "failed"]
 
 
+def test_stop_drops_at_once_what_still_waits(directory: Path, pool: ThreadPoolExecutor) -> None:
+    """The turn that runs gets its time; one that has not begun is better sent elsewhere now."""
+    gateway = ServedGateway(directory, max_running=1)
+    try:
+        gateway.set_hold(True)
+        running = pool.submit(gateway.chat, "running")
+        eventually(lambda: gateway.metric("running_jobs") == 1)
+        waiting = pool.submit(gateway.post, {"model": MODEL, "messages": talk("waiting")})
+        eventually(lambda: gateway.metric("queue_depth") == 1)
+        gateway.request_stop()
+        assert waiting.result(5.0).json()["error"]["code"] == "shutting_down"
+        assert not running.done()
+        gateway.set_hold(False)
+        running.result(5.0)
+        gateway.wait_stopped(5.0)
+    finally:
+        gateway.close()
+
+
 def test_a_second_signal_ends_it_now(directory: Path, peer: PeerProcess, pool: ThreadPoolExecutor) -> None:
     gateway = GatewayProcess(directory, drain_s=60.0)
     try:
@@ -290,8 +315,9 @@ def test_stop_with_inference_gone_is_prompt(
     with socket.create_connection(("127.0.0.1", process.port)):
         started = time.monotonic()
         process.terminate()
+        eventually(lambda: process.get("/ready").status_code == 503)
         peer.process.kill()
-        assert reply.result(30.0).status_code == 503
+        assert reply.result(30.0).json()["error"]["code"] == "peer_unavailable"
         assert process.process.wait(10.0) == 0
         assert time.monotonic() - started < 6
 
