@@ -32,8 +32,8 @@ log = get_logger(__name__)
 _MANIFEST_CACHE_BYTES = 32 * 1024 * 1024
 _SPARE_BUFFER_BYTES = 128 * 1024 * 1024
 _STORE_WAIT_S = 5.0  # a start waits this long for the daemon, then serves without it
-_DRAIN_S = 10.0  # running turns get this long at a stop
-_SAVE_DRAIN_S = 10.0  # and what is not saved yet this long
+_DRAIN_S = 8.0  # running turns get this long at a stop
+_SAVE_DRAIN_S = 4.0  # and what is not saved yet this long; together below what `up` allows
 
 
 class InferenceService:
