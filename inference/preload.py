@@ -143,17 +143,24 @@ class Loader:
                     return
                 active += self._new
                 self._new = []
-            progressed = False
-            for task in list(active):
-                # First come, first served, but a job that waits for the SSD lets the next one pass.
-                while self._advance(task):
-                    progressed = True
-                if task.is_cancelled or task.failure is not None or task.ready_layers == task.kv.shape.layers:
-                    active.remove(task)
-                    task.ended_s = time.monotonic()
-                    task.on_end()
-            if not progressed and active:
+            if not self._advance_all(active) and active:
                 time.sleep(_POLL_S)
+
+    def _advance_all(self, active: list[LoadTask]) -> bool:
+        """Load what is there of all tasks and take out those that end. False: nothing done.
+
+        A frame of its own: no name of the waiting loop keeps a finished job's memory from the next job.
+        """
+        progressed = False
+        for task in list(active):
+            # First come, first served, but a job that waits for the SSD lets the next one pass.
+            while self._advance(task):
+                progressed = True
+            if task.is_cancelled or task.failure is not None or task.ready_layers == task.kv.shape.layers:
+                active.remove(task)
+                task.ended_s = time.monotonic()
+                task.on_end()
+        return progressed
 
     def _advance(self, task: LoadTask) -> bool:
         """Load the next layer of a task, if it is there. False: nothing done."""

@@ -145,13 +145,16 @@ class Saver:
                 if self._stopping:
                     return
                 self._is_notified = False
-                tasks = list(self._tasks)
-            for task in tasks:
-                if self._step(task):
-                    with self._wake:
-                        self._tasks.remove(task)
-            if not self._tasks and len(self._spare) > _SPARE_SLOTS:
-                self._give_back()
+            self._step_all()
+
+    def _step_all(self) -> None:
+        # A frame of its own: no name of the waiting loop keeps a saved turn's memory from the next turn.
+        for task in list(self._tasks):
+            if self._step(task):
+                with self._wake:
+                    self._tasks.remove(task)
+        if not self._tasks and len(self._spare) > _SPARE_SLOTS:
+            self._give_back()
 
     def _step(self, task: SaveTask) -> bool:
         """Save what can be saved now. True: the task is over."""
