@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inference.embedded.make import CHAT_TEMPLATE, SPECIAL_TOKENS
 
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_dir() -> Path:
@@ -21,15 +21,18 @@ def cache_dir() -> Path:
 
 
 def filled_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token per byte of any text, and readable words on all other ids, so that every sampled id has a text."""
+    """One token per byte of any text, and a word of its own for every other id.
+
+    Every sampled id has a text, and the text gives the same id again: a baseline that tokenizes the whole history
+    anew computes the same tokens as one that kept the ids.
+    """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = vocabulary - len(symbols) - len(SPECIAL_TOKENS)
-    vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    vocab |= {f"Ġw{i}": len(symbols) + i for i in range(words)}  # never made from text: no merges lead there
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    words = vocabulary - len(symbols) - len(SPECIAL_TOKENS)
+    tokenizer.add_tokens([AddedToken(f"[{i:05}]", normalized=False) for i in range(words)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
     )
