@@ -17,8 +17,8 @@ from protocol.messages import Manifest, ManifestReply
 
 log = get_logger(__name__)
 
-MEMORY_BYTES = 24 * 1024 * 1024
-_WAITING_BYTES = 16 * 1024 * 1024
+MEMORY_BYTES = 16 * 1024 * 1024
+_WAITING_BYTES = 8 * 1024 * 1024
 _LOOKUP_S = 0.5
 _RETRY_S = 1.0
 _ENTRY_BYTES = 500  # Python's own cost of one

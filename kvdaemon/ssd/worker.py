@@ -93,6 +93,7 @@ class SsdWorker:
         self._error = ""
         self._corrupt_records = 0
         self._background: list[asyncio.Task[None]] = []
+        self._touching: asyncio.Task[None] | None = None
         self._server = RpcServer(
             endpoint,
             "ssd",
@@ -149,6 +150,7 @@ class SsdWorker:
                 arena.close()
                 raise InvalidRequest(f"{request.path} is another arena by now", param="arena_id")
             self._arena = arena
+        self._touching = asyncio.ensure_future(asyncio.to_thread(_touch, arena))
         return Ack()
 
     # -- reading ------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class SsdWorker:
             record = arrival.record
             assert record is not None
             try:
-                value = self._tables.layer(arrival.chunk_id, layer)
+                value = self._tables.layer(record, layer)
             except PeerProtocolError:
                 arrival.outcome = "corrupt"
                 continue
@@ -228,23 +230,23 @@ class SsdWorker:
             try:
                 async with self._turns.turn(BACKGROUND):
                     written = await self._in_thread(lambda: self._copy_out(arena, slot, request.generation))
-            except Stalled:
-                # RocksDB flushes or compacts behind its limit. Nobody waits for a write; reads go on meanwhile.
-                if time.monotonic() + 1.0 > call.deadline_s:
-                    raise CapacityError("the disk is too slow for what is saved") from None
-                await asyncio.sleep(0.1)
-                continue
             except CapacityError as error:
                 self._error = error.message
                 raise
             except PeerError as error:
                 self._note_failure(error)
                 raise
-            self._write_failures = 0
-            self._error = ""
-            return written
+            if written is not None:
+                self._write_failures = 0
+                self._error = ""
+                return written
+            # RocksDB flushes or compacts behind its limit. Nobody waits for a write; reads go on meanwhile.
+            if time.monotonic() + 1.0 > call.deadline_s:
+                raise CapacityError("the disk is too slow for what is saved")
+            await asyncio.sleep(0.1)
 
-    def _copy_out(self, arena: Arena, slot: int, generation: int) -> SsdWritten:
+    def _copy_out(self, arena: Arena, slot: int, generation: int) -> SsdWritten | None:
+        """Write the chunk in a slot. None: RocksDB cannot take it right now."""
         geometry = arena.geometry
         chunk_id, tokens = arena.chunk_id(slot), arena.tokens(slot)
         parent_id, namespace = arena.parent_id(slot), arena.namespace(slot)
@@ -262,7 +264,11 @@ class SsdWorker:
         if any(xxhash.xxh3_64_intdigest(value) != sum_ for value, sum_ in zip(layers, checksums, strict=True)):
             return SsdWritten(0, "corrupt")
         record = ChunkRecord(chunk_id, parent_id, namespace, geometry.digest(), tokens, needed, time.time(), checksums)
-        self._tables.put_chunk(record, layers)
+        try:
+            self._tables.put_chunk(record, layers)
+        except Stalled:
+            # Ends here: through a future, the exception would keep this frame and its megabytes until the next gc.
+            return None
         return SsdWritten(needed, "ok")
 
     def _note_failure(self, error: PeerError) -> None:
@@ -364,6 +370,12 @@ class SsdWorker:
                     log.info("oldest manifests dropped", manifests=dropped)
             except (CapacityError, PeerError) as error:
                 log.warning("housekeeping failed", reason=error.message)
+
+
+def _touch(arena: Arena) -> None:
+    """Make this process's page tables for the arena now; the first read would pay for it otherwise."""
+    for _ in arena.populate():
+        pass
 
 
 def _is_ours(arena: Arena, arrival: _Arrival) -> bool:
