@@ -223,8 +223,8 @@ class RpcServer:
         if self._socket is not None:
             self._socket.close(linger=200)
             self._socket = None
-        if self.endpoint.startswith("ipc://"):
-            Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+            if self.endpoint.startswith("ipc://"):  # one that never bound may be another server's
+                Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)

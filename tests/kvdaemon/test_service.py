@@ -477,6 +477,8 @@ def test_two_daemons_on_one_directory(daemon: DaemonProcess, tmp_path: Path, sha
         assert second.process is not None
         assert await asyncio.to_thread(second.process.wait, 20) == 2
         assert "config_error: another kvdaemon is using" in second.log_text()
+        newcomer = await StoreClient(daemon.run_dir).start()  # the first one's socket is still there
+        await newcomer.stop()
         if other_run.exists():
             other_run.rmdir()
         await client.save(make_chain(SMALL, 2, seed=1))
