@@ -112,7 +112,7 @@ class Reference:
         return self._known[prompt, count]
 
 
-def config_for(model: Path, run_dir: Path, **overrides: Any) -> InferenceConfig:
+def config_for(model: Path | str, run_dir: Path, **overrides: Any) -> InferenceConfig:
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "model": str(model),

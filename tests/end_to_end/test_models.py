@@ -1,8 +1,9 @@
-"""A model that cannot be served stops the start, with exit code 2 and one line that says why."""
+"""Models from a directory or a hub; one that cannot be served stops the start, with exit code 2 and the reason."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,34 @@ def test_the_start_stops_with_the_reason(tmp_path: Path, make: Callable[[Path], 
     message = " ".join(result.stderr.split())
     assert reason in message
     assert "Traceback" not in message
+
+
+def _hub_cache(home: Path, name: str) -> Path:
+    """A hub's cache with one model in it, laid out as huggingface_hub does."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0" * 40
+    make_model(repository / "snapshots" / commit, "llama", max_context=512)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
+def test_a_hub_id_is_loaded_through_the_hubs_cache(tmp_path: Path) -> None:
+    """The real download code, with everything in the cache already: there is no hub where tests run."""
+    snapshot = _hub_cache(tmp_path, "acme/tiny")
+    program = (
+        "import sys; from pathlib import Path; from inference.model import locate;"
+        "from tests.inference.harness import config_for;"
+        "print(*locate(config_for(sys.argv[2], Path(sys.argv[1]))))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def ask(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(tmp_path / "run"), name]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    assert ask("acme/tiny").stdout.split() == [str(snapshot), "acme/tiny"]
+    assert "cannot get model 'acme/absent' from the hub" in ask("acme/absent").stderr
 
 
 def test_a_context_over_the_models_own_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""The inference process behind its socket, without a daemon: turns, their limits, and what must not disturb them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+
+import inference.service
+from inference.service import InferenceService
+from protocol import ids
+from protocol.codec import MAX_FRAME_BYTES, Frame, encode
+from protocol.errors import CapacityError, ContextLengthExceeded, InvalidRequest
+from protocol.messages import ChatMessage, GetModel, Hello, ModelInfo, RunTurn, TurnDelta
+from protocol.rpc import RpcClient
+from tests.inference.harness import Conversation, Reference, config_for, make_model, run, service, stream, tokens
+
+Test = Callable[[InferenceService, RpcClient], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "llama", max_context=512)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+@pytest.fixture
+def serve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run an async test against a service of its own."""
+    monkeypatch.setattr(inference.service, "_STORE_WAIT_S", 0.0)
+    monkeypatch.setattr(inference.service, "_DRAIN_S", 1.0)
+
+    def serve(test: Test, **overrides: Any) -> None:
+        async def main() -> None:
+            async with service(config_for(model, tmp_path / "run", **overrides)) as (running, client):
+                await test(running, client)
+
+        run(main())
+
+    return serve
+
+
+# Greedy answers of the random model meet the end token soon; this one goes on for hundreds of tokens.
+LONG = {"temperature": 1.0, "seed": 2, "max_tokens": 400}
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+def fresh(running: InferenceService, text: str, **sampling: Any) -> RunTurn:
+    """A turn of a conversation of its own."""
+    return Conversation(RpcClient("inproc://unused", "gateway"), running.model).request(text, **sampling)
+
+
+def test_turns_without_a_store_are_right_and_reuse_working_kv(serve: Any, reference: Reference) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        conversation = Conversation(client, running.model)
+        history = 0
+        for text in ("Tell me of the sea.", "And the wind?", "Ünïcödé 日本 🙂", "The end"):
+            done = await conversation.say(text)
+            assert not reference.check(tokens(done.prompt_tokens), tokens(done.tokens))
+            assert done.usage.hbm >= history
+            history = done.usage.prompt_tokens + done.usage.completion_tokens - 1
+
+    serve(test)
+
+
+def test_no_reuse_computes_everything_and_says_so(serve: Any, reference: Reference) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        conversation = Conversation(client, running.model)
+        first = await conversation.say("Tell me of the sea.")
+        second = await conversation.say("And the wind?")
+        assert not reference.check(tokens(second.prompt_tokens), tokens(second.tokens))
+        left_behind = first.usage.prompt_tokens + first.usage.completion_tokens - 1
+        assert second.usage.missed == {"reuse_off": left_behind}
+        assert second.usage.hbm == 0
+        assert len(running.retained) == 0
+
+    serve(test, reuse=False)
+
+
+def test_tenants_share_nothing(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        mine = Conversation(client, running.model, b"mine")
+        yours = Conversation(client, running.model, b"yours")
+        await mine.say("The same words. " * 8)
+        done = await yours.say("The same words. " * 8)
+        assert done.usage.computed == done.usage.prompt_tokens
+
+    serve(test)
+
+
+def test_an_edited_history_is_a_branch(serve: Any, reference: Reference) -> None:
+    """Regenerating keeps the prompt's KV, and the first branch goes on undisturbed."""
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        conversation = Conversation(client, running.model)
+        await conversation.say("Tell me of the sea. " * 4)
+        asked = conversation.request("And the wind?")
+        first, _ = await stream(client, asked)
+        again, _ = await stream(client, dataclasses.replace(asked, job_id=ids.new_id()))
+        assert again.tokens == first.tokens
+        assert again.usage.hbm == again.usage.prompt_tokens - 1
+        conversation.accept(first)
+        third = await conversation.say("Go on.")
+        assert not reference.check(tokens(third.prompt_tokens), tokens(third.tokens))
+        assert third.usage.hbm >= first.usage.prompt_tokens
+
+    serve(test)
+
+
+def test_parallel_turns_do_not_change_each_other(serve: Any, reference: Reference) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        texts = [f"Conversation {i}: " + "words " * (i * 9) for i in range(6)]
+        results = await asyncio.gather(*(stream(client, fresh(running, text, max_tokens=24)) for text in texts))
+        for done, _ in results:
+            assert not reference.check(tokens(done.prompt_tokens), tokens(done.tokens))
+
+    serve(test, step_tokens=64)
+
+
+def test_seeds_repeat_and_stop_strings_end(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        ask = fresh(running, "Hello", temperature=1.0, seed=11, max_tokens=40)
+        whole, _ = await stream(client, ask)
+        same, _ = await stream(client, dataclasses.replace(ask, job_id=ids.new_id()))
+        assert same.tokens == whole.tokens
+        stop = whole.text[12:14]
+        cut, deltas = await stream(
+            client, fresh(running, "Hello", temperature=1.0, seed=11, max_tokens=40, stop=(stop,))
+        )
+        assert cut.finish_reason == "stop"
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        assert "".join(delta.text for delta in deltas) == cut.text
+
+    serve(test)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_off_turn_goes_on_where_it_stopped(serve: Any, temperature: float) -> None:
+    """Given the tokens sampled so far, only what follows is streamed, and the whole answer is the same."""
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        ask = fresh(running, "Hello", temperature=temperature, seed=5, max_tokens=30)
+        whole, deltas = await stream(client, ask)
+        for kept in (1, 7, len(deltas) - 1, len(deltas)):
+            received = b"".join(delta.tokens for delta in deltas[:kept])
+            resumed, rest = await stream(client, dataclasses.replace(ask, job_id=ids.new_id(), resume_tokens=received))
+            assert resumed.tokens == whole.tokens
+            assert resumed.text == whole.text
+            assert received + b"".join(delta.tokens for delta in rest) == whole.tokens
+            already = "".join(delta.text for delta in deltas[:kept])
+            assert already + "".join(delta.text for delta in rest) == whole.text
+
+    serve(test)
+
+
+def test_a_cancelled_turn_frees_its_place(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        async with contextlib.aclosing(client.stream(fresh(running, "Hello", **LONG), 60, 60)) as parts:
+            async for part in parts:
+                if isinstance(part, TurnDelta):
+                    break
+            assert running.engine.running == 1
+        await eventually(lambda: running.engine.running == 0)
+        done, _ = await stream(client, fresh(running, "Hello"))
+        assert done.usage.completion_tokens > 0
+
+    serve(test, max_running=1)
+
+
+def test_limits_have_their_errors(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        with pytest.raises(ContextLengthExceeded, match=r"has 6\d\d tokens; the context holds 512"):
+            await stream(client, fresh(running, "x" * 600))
+        most, _ = await stream(client, fresh(running, "x" * 480, max_tokens=0))
+        assert most.usage.prompt_tokens + most.usage.completion_tokens <= 512
+        busy = asyncio.ensure_future(stream(client, fresh(running, "Hello", **LONG)))
+        await eventually(lambda: running.engine.running == 1)
+        with pytest.raises(CapacityError):
+            await stream(client, fresh(running, "Hello"))
+        done, _ = await busy
+        assert done.usage.completion_tokens > 0
+
+    serve(test, max_running=1)
+
+
+def test_garbage_on_the_socket_disturbs_nobody(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        turn = asyncio.ensure_future(stream(client, fresh(running, "Hello", **LONG)))
+        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        socket.linger = 0
+        socket.connect(running.config.endpoint)
+        bad_role = fresh(running, "Hello")
+        object.__setattr__(bad_role.messages[0], "role", "oracle")
+        hello = Frame("req", 1, Hello(1, "gateway", ids.new_id()))
+        for data in (b"", b"\xc1", b"\x00" * 100_000, encode(hello), encode(Frame("req", 2, bad_role))):
+            await socket.send(data)
+        await socket.send_multipart([b"many", b"parts"])
+        await socket.send(bytes(MAX_FRAME_BYTES + 1))
+        done, _ = await turn
+        assert done.usage.completion_tokens > 0
+        socket.close()
+        info = await client.request(GetModel(), ModelInfo, 5)
+        assert info.max_context == 512
+
+    serve(test)
+
+
+def test_a_template_that_refuses_is_the_callers_fault(serve: Any) -> None:
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        turn = fresh(running, "Hello")
+        wrong = dataclasses.replace(turn, messages=(ChatMessage("assistant", "x", tool_calls="not json"),))
+        with pytest.raises(InvalidRequest, match="chat template refuses"):
+            await stream(client, wrong)
+        done, _ = await stream(client, turn)
+        assert done.text or done.tokens
+
+    serve(test)
