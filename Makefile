@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint types imports check format soak chaos compose-test bench test-gpu clean
+.PHONY: help run install test lint types imports check format equality soak chaos compose-test bench test-gpu clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -61,6 +61,9 @@ check: lint types imports  ## lint, types and imports
 format: $(INSTALLED_TEST)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+equality: $(INSTALLED_TEST)  ## all shapes of models over all conversations, against transformers
+	EQUALITY_CONVERSATIONS=20 $(BIN)/python -m pytest -rP tests/end_to_end/test_equality.py $(ARGS)
 
 soak: $(INSTALLED_TEST)  ## thousands of turns; watches memory
 	$(BIN)/python -m pytest -m slow tests/end_to_end -k soak $(ARGS)

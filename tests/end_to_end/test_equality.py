@@ -6,6 +6,7 @@ every turn after the first all history is reused.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,12 @@ def references(models: dict[str, Path]) -> dict[str, Reference]:
     return {family: Reference(directory) for family, directory in models.items()}
 
 
-def scripts(count: int) -> tuple[Script, ...]:
-    return real_scripts(count, _CONTEXT // 2) if REAL_TEXT.is_dir() else own_scripts()
+def scripts(family: str) -> tuple[Script, ...]:
+    """Twenty real conversations; ten for the further shapes unless EQUALITY_CONVERSATIONS asks for more."""
+    if not REAL_TEXT.is_dir():
+        return own_scripts()
+    count = 20 if family == _FAMILIES[0] else int(os.environ.get("EQUALITY_CONVERSATIONS", "10"))
+    return real_scripts(20, _CONTEXT // 2)[:: 20 // count]
 
 
 def wait_saved(stack: Stack) -> None:
@@ -42,6 +47,7 @@ def wait_saved(stack: Stack) -> None:
 
 def settle(played: Played) -> None:
     """Excuses are for rounding only: a wrong answer is wrong in more than one turn of fifty."""
+    print(played)
     assert played.turns > 0
     assert played.excused <= played.turns // 50 + 1, played
 
@@ -52,7 +58,7 @@ def test_history_in_dram(models: dict[str, Path], references: dict[str, Referenc
     """Nothing is retained on the device: all history comes through the arena."""
     with running_stack(models[family], dtype="float32", retain=0, dram="256MiB", ssd="1GiB") as stack:
         player = Player(stack, references[family], between_turns=lambda _: wait_saved(stack))
-        played = player.play(scripts(20), parallel)
+        played = player.play(scripts(family), parallel)
     settle(played)
     assert played.hits["dram"] > 0
     assert played.hits["hbm"] == 0
@@ -65,7 +71,7 @@ def test_history_in_working_kv(
 ) -> None:
     """Quick follow-ups find their pages on the device."""
     with running_stack(models[family], dtype="float32", retain="256MiB", dram="64MiB", ssd="1GiB") as stack:
-        played = Player(stack, references[family]).play(scripts(20), parallel)
+        played = Player(stack, references[family]).play(scripts(family), parallel)
     settle(played)
     assert played.hits["hbm"] > 0
 
@@ -73,7 +79,7 @@ def test_history_in_working_kv(
 @pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("family", _FAMILIES)
 def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference], family: str, parallel: int) -> None:
-    """Twenty conversations take turns and DRAM holds about half of their KV: history comes from SSD."""
+    """All conversations take turns and DRAM is too small for their KV: history comes from SSD."""
     with running_stack(models[family], dtype="float32", retain=0, dram="14MiB", ssd="1GiB") as stack:
 
         def flushed(_: int) -> None:
@@ -81,7 +87,7 @@ def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference
             stack.wait_metric("kvdaemon", "cachedattention_write_behind_queue", 0.0)
 
         player = Player(stack, references[family], between_turns=flushed)
-        played = player.play(scripts(20), parallel, open_at_once=20)
+        played = player.play(scripts(family), parallel, open_at_once=20)
     settle(played)
     assert played.hits["ssd"] > 0
 
@@ -89,6 +95,6 @@ def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference
 @needs_data
 def test_twenty_real_conversations_are_played() -> None:
     """The figure above stands for real data where it is there."""
-    chosen = scripts(20)
+    chosen = scripts(_FAMILIES[0])
     assert len(chosen) == 20
     assert sum(len(script.turns) for script in chosen) >= 60
