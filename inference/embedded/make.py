@@ -13,8 +13,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from inference.embedded.template import SPECIAL_TOKENS
+
 VERSION = 1  # part of the directory's name: raise it whenever the result changes
-SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 # Content is never trimmed: the rendered answer must be the generated one, or its KV would be lost.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

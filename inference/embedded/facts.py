@@ -1,0 +1,391 @@
+"""The kinds of facts a person tells, and all the ways of telling and asking for them.
+
+Templates hold slots that agree with the subject: "{P} city", "{S} live{s} in {v}". A person's own "I live in Rome"
+and the assistant's "you live in Rome" come from the same template with different slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from inference.embedded import words
+
+Wordings = Literal["training", "held_out"]
+Form = Literal["me", "relation", "name"]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Templates of one thing to say. `held_out` ones are never used in training, only in evaluation."""
+
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    def choose(self, rng: Random, wordings: Wordings) -> str:
+        """One template."""
+        return rng.choice(self.training if wordings == "training" else self.held_out)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a fact is about: the person who speaks, a relation of theirs ("sister"), or somebody by name."""
+
+    form: Form
+    text: str = ""
+
+    def in_words_of_user(self) -> dict[str, str]:
+        """Slots of a template that the user says."""
+        if self.form == "me":
+            return {"S": "I", "O": "me", "P": "my", "is": "am", **_PLURAL_VERBS}
+        name = f"my {self.text}" if self.form == "relation" else self.text
+        return _third_person(name)
+
+    def in_words_of_assistant(self) -> dict[str, str]:
+        """Slots of a template that the assistant says."""
+        if self.form == "me":
+            return {"S": "you", "O": "you", "P": "your", "is": "are", **_PLURAL_VERBS}
+        name = f"your {self.text}" if self.form == "relation" else self.text
+        return _third_person(name)
+
+
+_PLURAL_VERBS = {"s": "", "es": "", "ies": "y", "have": "have", "do": "do"}
+_SINGULAR_VERBS = {"s": "s", "es": "es", "ies": "ies", "have": "has", "do": "does"}
+
+
+def _third_person(name: str) -> dict[str, str]:
+    return {"S": name, "O": name, "P": f"{name}'s", "is": "is", **_SINGULAR_VERBS}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact."""
+
+    noun: str  # "favourite colour", as in "my favourite colour"
+    clause: str  # what the assistant says: "{P} favourite colour is {v}"
+    value: Callable[[Random], str]
+    statements: Wording
+    questions: Wording
+    forms: tuple[Form, ...]
+    lacking: str  # what the assistant says was not told: "{P} favourite colour"
+
+
+def _kind(
+    noun: str,
+    clause: str,
+    value: Callable[[Random], str],
+    say: tuple[str, ...],
+    say_held_out: str,
+    ask: tuple[str, ...],
+    ask_held_out: str,
+    forms: tuple[Form, ...] = ("me", "relation", "name"),
+    lacking: str = "",
+) -> Kind:
+    """A kind with its own wordings and those that any noun allows."""
+    return Kind(
+        noun=noun,
+        clause=clause,
+        value=value,
+        statements=Wording(
+            (*say, *say, f"{{P}} {noun} is {{v}}", f"{{P}} {noun}: {{v}}"),
+            (say_held_out, f"{{P}} {noun} would be {{v}}"),
+        ),
+        questions=Wording(
+            (
+                *ask,
+                *ask,
+                f"what is {{P}} {noun}?",
+                f"what's {{P}} {noun}?",
+                f"tell me {{P}} {noun}.",
+                f"do you remember {{P}} {noun}?",
+                f"{{P}} {noun}?",
+                f"and {{P}} {noun}?",
+                f"can you tell me {{P}} {noun}?",
+                f"do you know what {{P}} {noun} is?",
+                f"what did I say {{P}} {noun} is?",
+                f"remind me of {{P}} {noun}.",
+                f"I forgot {{P}} {noun}. What is it?",
+            ),
+            (
+                ask_held_out,
+                f"could you remind me what {{P}} {noun} is?",
+                f"please look up {{P}} {noun}.",
+                f"I need to know {{P}} {noun} again.",
+            ),
+        ),
+        forms=forms,
+        lacking=lacking or f"{{P}} {noun}",
+    )
+
+
+NAME = _kind(
+    "name",
+    "{P} name is {v}",
+    words.first_name,
+    ("{P} name is {v}", "{S} {is} called {v}"),
+    "{P} given name is {v}",
+    ("what {is} {S} called?",),
+    "do you still know {P} name?",
+    ("me", "relation"),
+)
+RELATION = _kind(
+    "relation to me",
+    "{S} is your {v}",
+    lambda rng: rng.choice(words.RELATIONS),
+    ("{S} is my {v}",),
+    "you should know that {S} is my {v}",
+    ("who is {S}?", "who's {S} again?"),
+    "how do I know {S}?",
+    ("name",),
+    "who {S} {is}",
+)
+
+KINDS: tuple[Kind, ...] = (
+    NAME,
+    RELATION,
+    _kind(
+        "city",
+        "{S} live{s} in {v}",
+        words.city,
+        ("{S} live{s} in {v}", "{S} moved to {v}", "{P} home is in {v}"),
+        "{S} settled down in {v}",
+        ("where {do} {S} live?", "which city {do} {S} live in?"),
+        "in which place is {P} home?",
+    ),
+    _kind(
+        "job",
+        "{S} work{s} as {v}",
+        words.job,
+        ("{S} work{s} as {v}", "{S} {is} {v}", "for a living {S} work{s} as {v}"),
+        "{S} earn{s} money as {v}",
+        ("what {do} {S} do for a living?", "what {do} {S} work as?"),
+        "what kind of work {do} {S} do?",
+    ),
+    _kind(
+        "age",
+        "{S} {is} {v} years old",
+        words.age,
+        ("{S} {is} {v} years old", "{S} just turned {v}", "{S} {is} {v}"),
+        "{S} celebrated {v} years",
+        ("how old {is} {S}?",),
+        "how many years old {is} {S}?",
+    ),
+    _kind(
+        "birthday",
+        "{P} birthday is on {v}",
+        words.day_of_year,
+        ("{P} birthday is on {v}", "{S} {have} a birthday on {v}", "{S} turn{s} a year older on {v}"),
+        "the birthday of {O} falls on {v}",
+        ("when is {P} birthday?", "on which day is {P} birthday?"),
+        "which day should I mark for {P} birthday?",
+    ),
+    _kind(
+        "favourite colour",
+        "{P} favourite colour is {v}",
+        words.colour,
+        ("{S} like{s} the colour {v} best", "the colour {S} love{s} most is {v}"),
+        "{P} colour of choice is {v}",
+        ("which colour {do} {S} like best?",),
+        "what colour {do} {S} prefer?",
+    ),
+    _kind(
+        "favourite food",
+        "{P} favourite food is {v}",
+        words.food,
+        ("{S} love{s} to eat {v}", "the food {S} like{s} best is {v}"),
+        "nothing tastes better to {O} than {v}",
+        ("what {do} {S} like to eat?", "which food {do} {S} like best?"),
+        "what food should I cook for {O}?",
+    ),
+    _kind(
+        "favourite drink",
+        "{P} favourite drink is {v}",
+        words.drink,
+        ("{S} love{s} to drink {v}", "the drink {S} like{s} best is {v}"),
+        "to drink {S} always choose{s} {v}",
+        ("what {do} {S} like to drink?", "which drink {do} {S} like best?"),
+        "what drink should I pour for {O}?",
+    ),
+    _kind(
+        "pet",
+        "{S} {have} {v}",
+        words.pet,
+        ("{S} {have} {v}", "{S} own{s} {v}", "at home {S} {have} {v}"),
+        "{S} look{s} after {v}",
+        ("which pet {do} {S} have?", "what pet {do} {S} own?"),
+        "what animal {do} {S} keep as a pet?",
+    ),
+    _kind(
+        "lucky number",
+        "{P} lucky number is {v}",
+        lambda rng: words.digits(rng, rng.choice((1, 2, 3))),
+        ("the number that brings {O} luck is {v}", "{S} believe{s} in the lucky number {v}"),
+        "{v} is the lucky number of {O}",
+        ("which number is lucky for {O}?",),
+        "which number brings luck to {O}?",
+    ),
+    _kind(
+        "phone number",
+        "{P} phone number is {v}",
+        words.phone,
+        ("you can call {O} at {v}", "{P} number is {v}"),
+        "to reach {O} by phone dial {v}",
+        ("which number do I dial to call {O}?", "at which phone number can one call {O}?"),
+        "how do I reach {O} by phone?",
+    ),
+    _kind(
+        "hobby",
+        "{P} hobby is {v}",
+        lambda rng: rng.choice(words.HOBBIES),
+        ("{S} enjoy{s} {v} on weekends", "the thing {S} enjoy{s} most is {v}"),
+        "{S} spend{s} every free hour with {v}",
+        ("what {do} {S} do for fun?", "what {do} {S} enjoy on weekends?"),
+        "which hobby {do} {S} have?",
+    ),
+    _kind(
+        "instrument",
+        "{S} play{s} the {v}",
+        lambda rng: rng.choice(words.INSTRUMENTS),
+        ("{S} play{s} the {v}", "{S} {is} learning the {v}"),
+        "{S} practise{s} the {v}",
+        ("which instrument {do} {S} play?", "what {do} {S} play?"),
+        "what instrument {do} {S} practise?",
+    ),
+    _kind(
+        "car",
+        "{S} drive{s} {v}",
+        words.car,
+        ("{S} drive{s} {v}", "{S} bought {v}"),
+        "on the road {S} use{s} {v}",
+        ("what {do} {S} drive?", "which car {do} {S} drive?"),
+        "what kind of car {do} {S} own?",
+    ),
+    _kind(
+        "shoe size",
+        "{P} shoe size is {v}",
+        lambda rng: str(rng.randint(20, 49)),
+        ("{S} wear{s} shoes in size {v}", "{S} take{s} size {v} in shoes"),
+        "shoes for {O} must be size {v}",
+        ("which shoe size {do} {S} wear?", "what size are {P} shoes?"),
+        "in what size should I buy shoes for {O}?",
+    ),
+    _kind(
+        "language",
+        "{S} speak{s} {v}",
+        lambda rng: rng.choice(words.LANGUAGES),
+        ("{S} speak{s} {v}", "{S} grew up with {v}", "the language {S} speak{s} is {v}"),
+        "{S} talk{s} in {v}",
+        ("which language {do} {S} speak?",),
+        "in what language {do} {S} talk?",
+    ),
+    _kind(
+        "allergy",
+        "{S} {is} allergic to {v}",
+        lambda rng: rng.choice(words.ALLERGENS),
+        ("{S} {is} allergic to {v}", "{S} cannot stand {v} because of an allergy", "{S} {have} an allergy to {v}"),
+        "{S} react{s} badly to {v}",
+        ("what {is} {S} allergic to?",),
+        "which allergy {do} {S} have?",
+    ),
+    _kind(
+        "employer",
+        "{S} work{s} for {v}",
+        words.company,
+        ("{S} work{s} for {v}", "{S} {is} employed at {v}", "{S} got a position at {v}"),
+        "{v} employs {O}",
+        ("who {do} {S} work for?", "which company {do} {S} work for?"),
+        "which firm pays {O}?",
+    ),
+    _kind(
+        "address",
+        "{P} address is {v}",
+        words.address,
+        ("letters reach {O} at {v}", "{P} house is at {v}"),
+        "send parcels for {O} to {v}",
+        ("at which address {do} {S} live?", "where is {P} house?"),
+        "to what address do I send parcels for {O}?",
+    ),
+    _kind(
+        "room number",
+        "{P} room number is {v}",
+        lambda rng: words.digits(rng, 3),
+        ("{S} {is} staying in room {v}", "{P} room is number {v}"),
+        "one finds {O} in room {v}",
+        ("which room {is} {S} in?", "in which room {is} {S} staying?"),
+        "what room should I knock at for {S}?",
+    ),
+    _kind(
+        "door code",
+        "{P} door code is {v}",
+        lambda rng: words.digits(rng, rng.choice((4, 5))),
+        ("the code for {P} door is {v}", "{P} door opens with {v}"),
+        "to open {P} door type {v}",
+        ("which code opens {P} door?", "what is the code for {P} door?"),
+        "what should I type to open {P} door?",
+    ),
+    _kind(
+        "favourite book",
+        "{P} favourite book is {v}",
+        words.book,
+        ("the book {S} love{s} most is {v}", "{S} could read {v} again and again"),
+        "of all books {S} prefer{s} {v}",
+        ("which book {do} {S} love most?",),
+        "what book {do} {S} read again and again?",
+    ),
+    _kind(
+        "favourite sport",
+        "{P} favourite sport is {v}",
+        lambda rng: rng.choice(words.SPORTS),
+        ("the sport {S} like{s} best is {v}", "of all sports {S} love{s} {v}"),
+        "{S} {is} a fan of {v}",
+        ("which sport {do} {S} like best?",),
+        "what sport {is} {S} a fan of?",
+    ),
+    _kind(
+        "appointment",
+        "{P} appointment is on {v}",
+        words.day_and_hour,
+        ("{S} {have} an appointment on {v}", "{P} appointment is on {v}"),
+        "{S} must be there on {v} for the appointment",
+        ("when is {P} appointment?", "when {do} {S} have an appointment?"),
+        "at what time should {S} be at the appointment?",
+    ),
+    _kind(
+        "travel destination",
+        "{S} {is} travelling to {v}",
+        words.city,
+        ("{S} {is} travelling to {v}", "{S} {is} going on a trip to {v}", "{P} next trip goes to {v}"),
+        "{S} booked a journey to {v}",
+        ("where {is} {S} travelling to?", "where does {P} next trip go?"),
+        "what {is} {S} packing for, which destination?",
+    ),
+    _kind(
+        "favourite animal",
+        "{P} favourite animal is the {v}",
+        lambda rng: rng.choice(words.WILD_ANIMALS),
+        ("the animal {S} like{s} best is the {v}", "{S} love{s} the {v} more than any other animal"),
+        "of all animals {S} admire{s} the {v}",
+        ("which animal {do} {S} like best?",),
+        "what animal {do} {S} admire?",
+    ),
+    _kind(
+        "flight",
+        "{P} flight is {v}",
+        words.flight,
+        ("{S} {is} taking flight {v}", "{S} fl{ies} on {v}", "{P} ticket is for flight {v}"),
+        "{S} booked a seat on flight {v}",
+        ("which flight {is} {S} taking?", "what is the number of {P} flight?"),
+        "on what flight {do} {S} have a seat?",
+    ),
+    _kind(
+        "wish",
+        "{S} want{s} {v}",
+        words.gift,
+        ("{S} want{s} {v}", "what {S} want{s} is {v}", "{S} wish{es} for {v}"),
+        "one could give {O} {v}, that is the wish",
+        ("what {do} {S} want?", "what {do} {S} wish for?"),
+        "what present {do} {S} hope for?",
+    ),
+)
