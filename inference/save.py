@@ -37,6 +37,10 @@ _GIVE_UP_S = 15.0  # after its turn ended, a context that cannot be saved is let
 _SPARE_SLOTS = 2  # reserved ahead, so that a chunk that fills during decode finds its slot at once
 
 
+def _nobody(saved: bool) -> None:
+    """Nobody waits for the end of this task."""
+
+
 @dataclass
 class _Chunk:
     """The chunk being saved."""
@@ -65,7 +69,7 @@ class SaveTask:
         self.final: Manifest | None = None  # set when the turn is over
         self.final_s = 0.0
         self.is_abandoned = False
-        self.on_end: Callable[[bool], None] = lambda saved: None
+        self.on_end: Callable[[bool], None] = _nobody
         parent = ROOT
         for start in range(0, len(history), chunk_tokens):
             parent = chunk_id(namespace, parent, history[start : start + chunk_tokens])
@@ -175,7 +179,9 @@ class Saver:
             return False
         if not saved:
             log.warning("a turn was not saved", tokens=len(task.token_ids) - task.next_start)
-        task.on_end(saved)
+        # The callback holds the task: without letting go of it, only the cycle collector would free the memory.
+        on_end, task.on_end = task.on_end, _nobody
+        on_end(saved)
         return True
 
     @torch.inference_mode()

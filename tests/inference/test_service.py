@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import zmq
 import zmq.asyncio
 
+import inference.save
 import inference.service
 from inference.service import InferenceService
+from inference.working_kv import WorkingKv
 from protocol import ids
 from protocol.codec import MAX_FRAME_BYTES, Frame, encode
 from protocol.errors import CapacityError, ContextLengthExceeded, InvalidRequest
@@ -233,3 +236,21 @@ def test_a_template_that_refuses_is_the_callers_fault(serve: Any) -> None:
         assert done.text or done.tokens
 
     serve(test)
+
+
+def test_a_finished_turns_memory_is_given_back_at_once(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reference cycle keeps working KV alive: it is the next turn's memory."""
+    monkeypatch.setattr(inference.save, "_GIVE_UP_S", 0.0)
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        gc.disable()
+        try:
+            for _ in range(3):
+                await stream(client, fresh(running, "Hello " * 20))
+                await eventually(lambda: running.saver is not None and running.saver.backlog == 0)
+                await eventually(lambda: len(running.retained) == 0)
+                await eventually(lambda: sum(type(o) is WorkingKv for o in gc.get_objects()) == 0)
+        finally:
+            gc.enable()
+
+    serve(test, retain_bytes=0)
