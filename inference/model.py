@@ -163,7 +163,8 @@ def _max_context(wanted: int | None, hf_config: Any) -> int:
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        found.update([source] if isinstance(source, int) else source or ())
-    return frozenset(found)
+    """The tokens that end an answer: those that `generate` stops at, else the tokenizer's own."""
+    found = model.generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or ())

@@ -25,13 +25,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and the special tokens of the chat template."""
+def byte_tokenizer(vocabulary: int = 0) -> PreTrainedTokenizerFast:
+    """One token per byte, the special tokens of the chat template, and words up to `vocabulary` ids in all.
+
+    Every sampled id has a text, and the text of a word gives the same id again: a baseline that tokenizes the
+    whole history anew computes the same tokens as one that kept the ids.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    words = vocabulary - len(alphabet) - len(SPECIAL_TOKENS)
+    if words > 0:
+        tokenizer.add_tokens([AddedToken(f"[{i:05}]", normalized=False) for i in range(words)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
     )
@@ -40,11 +47,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_random_model(directory: Path, config: LlamaConfig, seed: int) -> None:
-    """Write a random model of `config` with the byte tokenizer. Equal arguments give equal files.
+    """Write a random model of `config` with a byte tokenizer of its vocabulary. Equal arguments give equal files.
 
     Written beside and renamed, so that a directory that exists is whole.
     """
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(config.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
