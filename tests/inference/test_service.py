@@ -243,6 +243,7 @@ def test_a_finished_turns_memory_is_given_back_at_once(serve: Any, monkeypatch: 
     monkeypatch.setattr(inference.save, "_GIVE_UP_S", 0.0)
 
     async def test(running: InferenceService, client: RpcClient) -> None:
+        gc.collect()  # what other tests left
         gc.disable()
         try:
             for _ in range(3):
