@@ -396,7 +396,12 @@ class KvDaemon:
         metrics.watch("leases", "Open leases", lambda: len(self.store.leases))
         metrics.watch("reserved_slots", "Slots being filled by inference", self._reserved_slots)
         metrics.watch("manifests", "Saved contexts in memory", lambda: len(self.manifests))
-        metrics.watch("write_behind_queue", "Chunks in DRAM that are not on SSD yet", lambda: index.dirty_chunks)
+        # Without an SSD tier nothing waits for one.
+        metrics.watch(
+            "write_behind_queue",
+            "Chunks in DRAM that are not on SSD yet",
+            lambda: index.dirty_chunks if self.write_behind is not None else 0,
+        )
         metrics.watch("manifest_queue", "Saved contexts not on SSD yet", lambda: self.manifests.waiting)
         metrics.watch(
             "ssd_physical_bytes",

@@ -48,13 +48,14 @@ def restarter(stack: Stack, killed: tuple[Service, ...], before_start: Callable[
     return between
 
 
+@pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("killed", _KILLED, ids="+".join)
 def test_conversations_go_on_after_a_restart_between_turns(
-    stack: Stack, model: Path, killed: tuple[Service, ...]
+    stack: Stack, model: Path, killed: tuple[Service, ...], parallel: int
 ) -> None:
     """After kill -9, the arena is adopted and the journal remembers: every turn still reuses all its history."""
     player = Player(stack, Reference(model), between_turns=restarter(stack, killed, lambda: None))
-    played = player.play(own_scripts()[:3])
+    played = player.play(own_scripts()[: 2 if parallel == 1 else 4], parallel)
     assert played.hits["dram"] > 0
 
 
