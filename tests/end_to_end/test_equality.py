@@ -33,12 +33,14 @@ def references(models: dict[str, Path]) -> dict[str, Reference]:
     return {family: Reference(directory) for family, directory in models.items()}
 
 
+def all_scripts() -> tuple[Script, ...]:
+    return real_scripts(20, _CONTEXT // 2) if REAL_TEXT.is_dir() else own_scripts()
+
+
 def scripts(family: str) -> tuple[Script, ...]:
-    """Twenty real conversations; ten for the further shapes unless EQUALITY_CONVERSATIONS asks for more."""
-    if not REAL_TEXT.is_dir():
-        return own_scripts()
-    count = 20 if family == _FAMILIES[0] else int(os.environ.get("EQUALITY_CONVERSATIONS", "10"))
-    return real_scripts(20, _CONTEXT // 2)[:: 20 // count]
+    """Twenty real conversations; half of them for the further shapes unless EQUALITY_CONVERSATIONS is 20."""
+    everything = family == _FAMILIES[0] or os.environ.get("EQUALITY_CONVERSATIONS") == "20"
+    return all_scripts() if everything else all_scripts()[::2]
 
 
 def wait_saved(stack: Stack) -> None:
@@ -87,7 +89,7 @@ def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference
             stack.wait_metric("kvdaemon", "cachedattention_write_behind_queue", 0.0)
 
         player = Player(stack, references[family], between_turns=flushed)
-        played = player.play(scripts(family), parallel, open_at_once=20)
+        played = player.play(all_scripts(), parallel, open_at_once=20)
     settle(played)
     assert played.hits["ssd"] > 0
 
@@ -95,6 +97,6 @@ def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference
 @needs_data
 def test_twenty_real_conversations_are_played() -> None:
     """The figure above stands for real data where it is there."""
-    chosen = scripts(_FAMILIES[0])
+    chosen = all_scripts()
     assert len(chosen) == 20
     assert sum(len(script.turns) for script in chosen) >= 60
