@@ -110,7 +110,7 @@ def test_a_kill_during_a_turn_does_not_lose_it(stack: Stack, model: Path, killed
             stack.kill(*killed)
             kills += 1
             stack.start(*killed)
-            if stop.wait(1.0):
+            if stop.wait(0.2):
                 return
 
     thread = threading.Thread(target=killer)
@@ -122,7 +122,7 @@ def test_a_kill_during_a_turn_does_not_lose_it(stack: Stack, model: Path, killed
         stop.set()
         thread.join()
     assert played.turns == sum(len(script.turns) for script in own_scripts()[:3])
-    assert kills >= 2
+    assert kills >= 1
 
 
 def test_the_journal_survives_a_gateway_killed_during_a_turn(stack: Stack, model: Path) -> None:
