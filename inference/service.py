@@ -29,7 +29,7 @@ from protocol.rpc import Call, RpcServer
 
 log = get_logger(__name__)
 
-_MANIFEST_CACHE_BYTES = 32 * 1024 * 1024
+_MANIFEST_CACHE_BYTES = 8 * 1024 * 1024  # some two thousand short contexts; the daemon has all of them
 _SPARE_BUFFER_BYTES = 128 * 1024 * 1024
 _STORE_WAIT_S = 5.0  # a start waits this long for the daemon, then serves without it
 _DRAIN_S = 8.0  # running turns get this long at a stop
