@@ -86,6 +86,7 @@ class InferenceService:
                 "running": lambda: self._turns,
                 "backlog": lambda: saver.backlog if saver is not None else 0,
                 "retained_bytes": lambda: self.retained.used_bytes,
+                "spare_bytes": lambda: self.buffers.spare_bytes,
                 "store_connected": lambda: float(store is not None and store.is_connected),
             }
         )

@@ -67,13 +67,17 @@ class InferenceMetrics:
         self._retained = Gauge(
             "cachedattention_retained_bytes", "Working KV of finished turns kept on the device", registry=registry
         )
+        self._spare = Gauge(
+            "cachedattention_spare_buffer_bytes", "Device memory kept ready for the next turns", registry=registry
+        )
         self._store_up = Gauge(
             "cachedattention_store_connected", "Whether the KV store is connected", registry=registry
         )
 
     def watch(self, sources: Mapping[str, Callable[[], float]]) -> None:
-        """Read gauges from `sources` at scrape time: running, backlog, retained_bytes, store_connected."""
+        """Read gauges from `sources` at scrape time: running, backlog, retained_bytes, spare_bytes, store_connected."""
         self._running.set_function(sources["running"])
         self._backlog.set_function(sources["backlog"])
         self._retained.set_function(sources["retained_bytes"])
+        self._spare.set_function(sources["spare_bytes"])
         self._store_up.set_function(sources["store_connected"])
