@@ -136,8 +136,8 @@ class TurnUsage:
     """Where each prompt token came from, in tokens: hbm + dram + ssd + computed + sum(missed) = prompt_tokens.
 
     computed: new in this turn. missed: computed too, though an earlier turn had computed them already, by
-    reason: "evicted", "manifest_lost", "daemon_unavailable", "corrupt", "revoked", "load_failed",
-    "text_changed", "reuse_off".
+    reason: "evicted", "unknown", "no_capacity", "manifest_lost", "daemon_unavailable", "corrupt", "revoked",
+    "load_failed", "text_changed", "reuse_off".
     """
 
     prompt_tokens: Count
