@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-_STATE = ("exp_avg", "exp_avg_sq")  # of AdamW, per parameter
+_STATE = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of Muon and AdamW, per parameter
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class Position:
     recipe: str = ""  # a run goes on with the recipe that it began with
 
 
-def save(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, position: Position) -> None:
+def save(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], position: Position) -> None:
     """Write beside `path`, then rename: `path` is always whole."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        state = optimizer.state.get(parameter, {})
-        tensors |= {f"{key}/{name}": state[key] for key in _STATE if key in state}
+        for optimizer in optimizers:
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"{key}/{name}": state[key] for key in _STATE if key in state}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -46,14 +47,18 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
             parameter.copy_(file.get_tensor(f"model/{name}"))
 
 
-def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> Position:
-    """Put the saved state into `model` and `optimizer`."""
+def load(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> Position:
+    """Put the saved state into `model` and `optimizers`."""
     load_weights(path, model)
     with safe_open(path, framework="pt") as file:
         position = Position(**json.loads(file.metadata()["position"]))
         names = set(file.keys())
-        for name, parameter in model.named_parameters():
-            if f"{_STATE[0]}/{name}" in names:
-                state = {key: file.get_tensor(f"{key}/{name}").to(parameter.device) for key in _STATE}
-                optimizer.state[parameter] = {"step": torch.tensor(float(position.step)), **state}
+        parameters = dict(model.named_parameters())
+        for optimizer in optimizers:
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in parameters.items():
+                saved = [key for key in _STATE if f"{key}/{name}" in names and id(parameter) in own]
+                if saved:
+                    state = {key: file.get_tensor(f"{key}/{name}").to(parameter.device) for key in saved}
+                    optimizer.state[parameter] = {"step": torch.tensor(float(position.step)), **state}
     return position

@@ -19,7 +19,8 @@ class Recipe:
 
     seed: int = 1
     batch_tokens: int = 8192  # per step
-    peak_lr: float = 1.5e-3
+    matrix_lr: float = 5e-3  # peak; Muon, of the layers' matrices
+    other_lr: float = 1.5e-3  # peak; AdamW, of the embedding and the norms
     warm_up: float = 0.015  # of the run
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -34,12 +35,12 @@ class Recipe:
         """Rows per batch."""
         return max(1, self.batch_tokens // window)
 
-    def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then a cosine down to 2 % of the peak."""
+    def schedule(self, progress: float) -> float:
+        """Learning rate as a share of its peak: linear warm-up, then a cosine down to 2 %."""
         if progress < self.warm_up:
-            return self.peak_lr * max(progress / self.warm_up, 0.01)
+            return max(progress / self.warm_up, 0.01)
         fallen = min(1.0, (progress - self.warm_up) / (1 - self.warm_up))
-        return self.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def llama_config(vocabulary: int, end_token: int) -> LlamaConfig:

@@ -61,14 +61,17 @@ def prepare_tokenizer(path: Path, seed: int) -> None:
     temporary.replace(path)
 
 
-def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; norms do not decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=recipe.peak_lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest. Each group holds its peak learning rate."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    ids = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups: list[dict[str, Any]] = [{"params": matrices, "peak": recipe.matrix_lr}]
+    other_groups: list[dict[str, Any]] = [{"params": others, "peak": recipe.other_lr}]
+    return [
+        torch.optim.Muon(groups, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other_groups, betas=recipe.betas, weight_decay=0.0, fused=True),
+    ]
 
 
 def answer_loss(
@@ -88,7 +91,7 @@ def answer_loss(
 
 def train_step(
     model: LlamaForCausalLM,
-    optimizer: torch.optim.AdamW,
+    optimizers: list[torch.optim.Optimizer],
     recipe: Recipe,
     progress: float,
     batch: tuple[Tokens, Mask],
@@ -98,14 +101,16 @@ def train_step(
     device = model.device
     tokens = torch.from_numpy(batch[0].astype("int64")).to(device)
     answers = torch.from_numpy(batch[1].copy()).to(device)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(progress)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * recipe.schedule(progress)
     with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext():
         loss, right = answer_loss(model, tokens, answers)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.item(), right.item()
 
 
@@ -141,10 +146,10 @@ def train(
     prepare_tokenizer(tokenizer, recipe.seed)
     model = make_model(tokenizer, recipe.seed)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for no device
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe)
     position = checkpoint.Position(recipe=json.dumps(asdict(recipe)))
     if saved.exists():
-        position = _resume(saved, model, optimizer, position.recipe)
+        position = _resume(saved, model, optimizers, position.recipe)
     saved_at = clock()
     first = requested = position.step
     with BatchSource(tokenizer, recipe.seed, workers) as source:
@@ -156,22 +161,24 @@ def train(
                 requested += 1
             started = clock()
             batch = source.take()
-            loss, right = train_step(model, optimizer, recipe, progress, batch, precision)
+            loss, right = train_step(model, optimizers, recipe, progress, batch, precision)
             step_s = clock() - started
             position = checkpoint.Position(position.step + 1, position.trained_s + step_s, position.recipe)
             if clock() - saved_at > _CHECKPOINT_S:
-                checkpoint.save(saved, model, optimizer, position)
+                checkpoint.save(saved, model, optimizers, position)
                 saved_at = clock()
             try:
                 yield Report(position.step, length.progress(position), batch[0].shape[1], loss, right, step_s)
             except GeneratorExit:  # interrupted between two steps; within one, the last checkpoint counts
-                checkpoint.save(saved, model, optimizer, position)
+                checkpoint.save(saved, model, optimizers, position)
                 raise
-    checkpoint.save(saved, model, optimizer, position)
+    checkpoint.save(saved, model, optimizers, position)
 
 
-def _resume(saved: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, recipe: str) -> checkpoint.Position:
-    position = checkpoint.load(saved, model, optimizer)
+def _resume(
+    saved: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], recipe: str
+) -> checkpoint.Position:
+    position = checkpoint.load(saved, model, optimizers)
     if position.recipe != recipe:
         raise ValueError(f"{saved} was begun with another recipe: {position.recipe}")
     return position
@@ -188,7 +195,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 (mixed) or auto.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes that generate conversations.")] = 1,
-    peak_lr: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.peak_lr,
+    matrix_lr: Annotated[float, typer.Option(help="Highest learning rate of the matrices.")] = Recipe.matrix_lr,
 ) -> None:
     """Train the embedded model, or go on with a run."""
     console = Console()
@@ -196,7 +203,7 @@ def main(
     mixed: Precision = (
         "bfloat16" if precision == "bfloat16" or (precision == "auto" and bf16_helps(chosen)) else "float32"
     )
-    recipe = Recipe(seed=seed, peak_lr=peak_lr)
+    recipe = Recipe(seed=seed, matrix_lr=matrix_lr)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     run.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=console) as bar, (run / "log.jsonl").open("a") as log:
