@@ -27,9 +27,18 @@ from rich.table import Table
 from benchmarks.models import bench_88m
 from benchmarks.stack import Stack, running_stack
 
-Mode = Literal["dram", "ssd", "recompute"]
+Mode = Literal["hbm", "dram", "ssd", "recompute"]  # where a turn's history comes from
 MODES: tuple[Mode, ...] = ("dram", "ssd", "recompute")
 _TEMPLATE_TOKENS = 4  # of one more user message in the benchmark's chat template
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back over HTTP."""
+
+    ttft_s: float  # request sent to first token received
+    text: str
+    usage: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,59 +61,62 @@ class Turn:
 class Conversation:
     """A conversation over HTTP whose user messages have a chosen number of tokens.
 
-    The byte tokenizer of the made models gives one token per ASCII character. With another model the first
-    message is cut by asking the server for the prompt's token count.
+    The byte tokenizer of the made models gives one token per ASCII character.
     """
 
     def __init__(self, stack: Stack, name: str) -> None:
         self._stack = stack
         self._name = name
         self.messages: list[dict[str, Any]] = []
-        self.context_tokens = 0
 
-    def say(self, tokens: int, answer_tokens: int) -> tuple[float, dict[str, Any]]:
-        """One turn with a user message of about `tokens` tokens. Returns TTFT in seconds and the usage."""
+    def say(self, tokens: int, answer_tokens: int) -> Reply:
+        """One turn with a user message of about `tokens` tokens."""
         seed = f"{self._name} {len(self.messages)} "
         text = (seed + "the quick brown fox jumps over the lazy dog " * (tokens // 40 + 1))[:tokens]
         self.messages.append({"role": "user", "content": text})
-        body = {
-            "model": "default",
-            "messages": self.messages,
-            "temperature": 0,
-            "max_tokens": answer_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": True,
-        }
-        ttft_s, answer = 0.0, ""
-        usage: dict[str, Any] = {}
-        started = time.perf_counter()
-        with self._stack.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
-                raise RuntimeError(response.read().decode())
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise RuntimeError(str(event))
-                for choice in event["choices"]:
-                    answer += choice["delta"].get("content") or ""
-                    if choice.get("token_ids") and not ttft_s:
-                        ttft_s = time.perf_counter() - started
-                usage = event.get("usage") or usage
-        self.messages.append({"role": "assistant", "content": answer})
-        self.context_tokens = usage["prompt_tokens"] + usage["completion_tokens"] - 1
-        return ttft_s, usage
+        reply = ask(self._stack, self.messages, answer_tokens)
+        self.messages.append({"role": "assistant", "content": reply.text})
+        return reply
+
+
+def ask(stack: Stack, messages: list[dict[str, Any]], answer_tokens: int) -> Reply:
+    """One turn, streamed and greedy. Raises RuntimeError: the server refused, or broke off."""
+    body = {
+        "model": "default",
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": answer_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    ttft_s, answer = 0.0, ""
+    usage: dict[str, Any] = {}
+    started = time.perf_counter()
+    with stack.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.is_error:
+            raise RuntimeError(response.read().decode())
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(str(event))
+            for choice in event["choices"]:
+                answer += choice["delta"].get("content") or ""
+                if choice.get("token_ids") and not ttft_s:
+                    ttft_s = time.perf_counter() - started
+            usage = event.get("usage") or usage
+    if not usage:
+        raise RuntimeError("the answer broke off")
+    return Reply(ttft_s, answer, usage)
 
 
 def measure(mode: Mode, model: Path | str, repeats: int, turns: int, history: int, new: int, step: Any) -> list[Turn]:
     """Play the conversations in one mode. Raises RuntimeError: a turn did not get its history from where it should."""
     answer_tokens = 8
     found: list[Turn] = []
-    # Working KV is not retained, so that history really comes from the tier that is measured.
-    settings = {"retain": "0", "dram": "1GiB", "ssd": "8GiB", "no_reuse": str(mode == "recompute").lower()}
-    with running_stack(model, log_level="warning", **settings) as stack:
+    with running_stack(model, log_level="warning", **settings_of(mode)) as stack:
         warm = Conversation(stack, "warm-up")
         for _ in range(2):
             warm.say(300, answer_tokens)
@@ -112,30 +124,20 @@ def measure(mode: Mode, model: Path | str, repeats: int, turns: int, history: in
             conversation = Conversation(stack, f"conversation {repeat}")
             conversation.say(history - answer_tokens - _TEMPLATE_TOKENS, answer_tokens)
             for turn in range(turns):
-                _settle(stack, mode)
-                ttft_s, usage = conversation.say(new - _TEMPLATE_TOKENS, answer_tokens)
-                by_source = usage["cachedattention"]
-                found.append(
-                    Turn(
-                        mode,
-                        repeat,
-                        turn,
-                        usage["prompt_tokens"],
-                        by_source["hbm"],
-                        by_source["dram"],
-                        by_source["ssd"],
-                        by_source["computed"],
-                        sum(by_source["missed"].values()),
-                        ttft_s,
-                        by_source["prefill_s"],
-                    )
-                )
-                _check(found[-1])
+                settle(stack, mode)
+                reply = conversation.say(new - _TEMPLATE_TOKENS, answer_tokens)
+                found.append(measured(mode, repeat, turn, reply))
                 step()
     return found
 
 
-def _settle(stack: Stack, mode: Mode) -> None:
+def settings_of(mode: Mode) -> dict[str, str]:
+    """How the services run. Working KV is not retained unless it is what is measured."""
+    settings = {"dram": "1GiB", "ssd": "8GiB", "no_reuse": str(mode == "recompute").lower()}
+    return settings if mode == "hbm" else {**settings, "retain": "0"}
+
+
+def settle(stack: Stack, mode: Mode) -> None:
     """Wait until the last turn is saved; for the SSD mode, until it is nowhere else."""
     if mode == "recompute":
         time.sleep(0.2)
@@ -146,33 +148,75 @@ def _settle(stack: Stack, mode: Mode) -> None:
         stack.drop_dram()
 
 
-def _check(turn: Turn) -> None:
-    history = {"dram": turn.dram, "ssd": turn.ssd, "recompute": turn.missed}[turn.mode]
-    if turn.computed + history != turn.prompt_tokens:
-        raise RuntimeError(f"the turn's history came from elsewhere: {turn}")
+def measured(mode: Mode, repeat: int, turn: int, reply: Reply) -> Turn:
+    """The figures of one turn. Raises RuntimeError: its history did not come from where it should."""
+    parts = reply.usage["cachedattention"]
+    missed = sum(parts["missed"].values())
+    found = Turn(
+        mode,
+        repeat,
+        turn,
+        reply.usage["prompt_tokens"],
+        parts["hbm"],
+        parts["dram"],
+        parts["ssd"],
+        parts["computed"],
+        missed,
+        reply.ttft_s,
+        parts["prefill_s"],
+    )
+    history = missed if mode == "recompute" else parts[mode]
+    if found.computed + history != found.prompt_tokens:
+        raise RuntimeError(f"the turn's history came from elsewhere: {found}")
+    return found
 
 
 def summarize(turns: list[Turn]) -> dict[str, Any]:
     """Medians, extremes and ratios to recomputing, over the measured turns."""
-    by_mode = {mode: [t for t in turns if t.mode == mode] for mode in MODES}
     summary: dict[str, Any] = {}
-    for mode, of_mode in by_mode.items():
-        if not of_mode:
-            continue
+    for mode in dict.fromkeys(t.mode for t in turns):
+        of_mode = [t for t in turns if t.mode == mode]
         ttft = [t.ttft_s for t in of_mode]
         summary[mode] = {
             "turns": len(of_mode),
             "prompt_tokens_median": statistics.median(t.prompt_tokens for t in of_mode),
+            "computed_tokens_median": statistics.median(t.computed for t in of_mode),
             "ttft_s": {"median": statistics.median(ttft), "min": min(ttft), "max": max(ttft)},
             "prefill_s_median": statistics.median(t.prefill_s for t in of_mode),
         }
-    if "recompute" in summary:
-        base = summary["recompute"]
-        for mode in ("dram", "ssd"):
-            if mode in summary:
-                summary[mode]["ttft_speedup"] = base["ttft_s"]["median"] / summary[mode]["ttft_s"]["median"]
-                summary[mode]["prefill_speedup"] = base["prefill_s_median"] / summary[mode]["prefill_s_median"]
+    if base := summary.get("recompute"):
+        for row in (row for row in summary.values() if row is not base):
+            row["ttft_speedup"] = base["ttft_s"]["median"] / row["ttft_s"]["median"]
+            row["prefill_speedup"] = base["prefill_s_median"] / row["prefill_s_median"]
     return summary
+
+
+def tabulate(title: str, summary: dict[str, Any]) -> Table:
+    """The summary to look at."""
+    table = Table(title=title)
+    for column in ("history from", "TTFT median", "min", "max", "prefill median", "TTFT speed-up", "prefill speed-up"):
+        table.add_column(column, justify="right")
+    for name, row in summary.items():
+        ttft = row["ttft_s"]
+        table.add_row(
+            name,
+            *(f"{ttft[k] * 1e3:.0f} ms" for k in ("median", "min", "max")),
+            f"{row['prefill_s_median'] * 1e3:.0f} ms",
+            *(f"{row[k]:.1f}x" if k in row else "" for k in ("ttft_speedup", "prefill_speedup")),
+        )
+    return table
+
+
+def write_json(path: Path, module: str, summary: dict[str, Any], turns: list[Turn]) -> None:
+    """Every figure, with the command and the machine that made it."""
+    record = {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "machine": {"cpu": _cpu(), "python": platform.python_version()},
+        "summary": summary,
+        "turns": [asdict(t) for t in turns],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(
@@ -193,27 +237,9 @@ def main(
             progress.update(task, description=f"turns, {mode}")
             found += measure(mode, directory, repeats, turns, history, new, lambda: progress.advance(task))
     summary = summarize(found)
-    table = Table(title=f"{directory.name}: {history} tokens of history, {new} new")
-    for column in ("history from", "TTFT median", "min", "max", "prefill median", "TTFT speed-up", "prefill speed-up"):
-        table.add_column(column, justify="right")
-    for name, row in summary.items():
-        ttft = row["ttft_s"]
-        table.add_row(
-            name,
-            *(f"{ttft[k] * 1e3:.0f} ms" for k in ("median", "min", "max")),
-            f"{row['prefill_s_median'] * 1e3:.0f} ms",
-            *(f"{row[k]:.1f}x" if k in row else "" for k in ("ttft_speedup", "prefill_speedup")),
-        )
-    console.print(table)
+    console.print(tabulate(f"{directory.name}: {history} tokens of history, {new} new", summary))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": " ".join(["python -m benchmarks.turns", *sys.argv[1:]]),
-            "machine": {"cpu": _cpu(), "python": platform.python_version()},
-            "summary": summary,
-            "turns": [asdict(t) for t in found],
-        }
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(json_file, "benchmarks.turns", summary, found)
 
 
 def _cpu() -> str:
