@@ -26,8 +26,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from inference.embedded import MODEL
 from inference.embedded.facts import Wordings
-from inference.embedded.model import MODEL
 from inference.embedded.recipe import CONTEXT
 from inference.embedded.windows import EncodedConversation, Encoder, fresh_conversation
 from inference.embedded.world import NOT_TOLD, AnswerKind, Turn

@@ -16,8 +16,6 @@ from inference.embedded.template import CHAT_TEMPLATE
 from inference.embedded.tokenizer import load_tokenizer
 from inference.embedded.windows import special_id
 
-MODEL = Path(__file__).parent / "weights"
-
 
 def make_model(tokenizer: Path, seed: int) -> LlamaForCausalLM:
     """The untrained model."""

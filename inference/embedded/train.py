@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import LlamaForCausalLM
 
-from inference.embedded import checkpoint
+from inference.embedded import MODEL, checkpoint
 from inference.embedded.batches import BatchSource
-from inference.embedded.model import MODEL, export, make_model
+from inference.embedded.model import export, make_model
 from inference.embedded.recipe import Recipe
 from inference.embedded.tokenizer import train_tokenizer
 from inference.embedded.windows import Mask, Tokens
