@@ -16,10 +16,12 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from inference.embedded.small_talk import SUGGESTION
 from protocol.errors import ConfigError, PeerError, PeerUnavailable
 
 _PATIENCE = httpx.Timeout(10.0, read=600.0)
 _HELP = "/new begins a new conversation · /system TEXT sets its system message · /quit leaves · Ctrl-C stops an answer"
+_PROMPT = "› "
 Json = dict[str, Any]
 
 
@@ -42,12 +44,14 @@ class Conversation:
         self.messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
-def run_chat(url: str, *, model: str | None, system: str, max_tokens: int | None, temperature: float | None) -> int:
+def run_chat(url: str, *, model: str | None, system: str, max_tokens: int | None, temperature: float) -> int:
     """Chat until /quit or the end of input. Raises PeerUnavailable: no server there; ConfigError: no such model."""
-    options = {"max_tokens": max_tokens, "temperature": temperature}
+    options: Json = {"temperature": temperature}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
     console = Console(highlight=False, soft_wrap=True)
     with _client(url) as client:
-        chat = _Chat(client, console, {key: value for key, value in options.items() if value is not None})
+        chat = _Chat(client, console, options)
         chat.model = _choose(_get_models(client, url), model)
         return chat.run(Conversation(system))
 
@@ -77,6 +81,8 @@ class _Chat:
     def run(self, conversation: Conversation) -> int:
         if self._at_terminal:
             self._console.print(f"[bold]{self.model}[/]  [dim]{_HELP}[/]")
+            if self.model == "embedded":
+                self._note(f"try: {SUGGESTION}")
         for line in self._lines():
             word, _, rest = line.partition(" ")
             if word in ("/quit", "/exit"):
@@ -137,15 +143,16 @@ class _Chat:
         return usage, ttft_s
 
     def _lines(self) -> Iterator[str]:
-        """What the user says, without empty lines, until Ctrl-D or the end of a pipe."""
+        """What the user says, without empty lines, until Ctrl-D or the end of a pipe, whose lines are shown."""
         if not self._at_terminal:
             for raw in sys.stdin.buffer:  # bytes: a pipe may carry anything
                 if text := raw.decode("utf-8", "replace").strip():
+                    self._console.print(f"{_PROMPT}{printable(text)}", markup=False)
                     yield text
             return
         while True:
             try:
-                text = input("› ").encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+                text = input(_PROMPT).encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 return

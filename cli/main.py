@@ -99,7 +99,7 @@ def chat(
     ] = None,
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message of the conversation.")] = "",
     max_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="T", min=0, help="0 is greedy.")] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 is greedy.")] = 0.0,
 ) -> int:
     """Chat in the terminal with a running server."""
     from cli.chat import run_chat

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from rich.console import Console
@@ -20,6 +24,7 @@ from rich.status import Status
 from cli.child import Child
 from cli.places import prepare, sweep
 from cli.settings import PREFIX, Settings, reachable
+from inference.embedded.small_talk import SUGGESTION
 from protocol.arena import exclusive
 from protocol.errors import ConfigError
 
@@ -158,17 +163,22 @@ class _System:
     def _announce(self) -> None:
         for service in self._services.values():
             service.child.is_quiet = False
-        body = '{"model": "%s", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}'
-        model = self._settings.model if self._settings.model == "embedded" else "MODEL"
+        is_embedded = self._settings.model == "embedded"
+        message = {"role": "user", "content": SUGGESTION if is_embedded else "Hello!"}
+        body = json.dumps({"model": "default", "messages": [message], "max_tokens": 32, "temperature": 0})
         print_ = self._console.print
         print_(f"[bold green]ready[/]    {self._url}")
         for name in ("inference", "kvdaemon"):
             print_(f"metrics  {self._services[name].url}/metrics  ({name})")
         print_(f"metrics  {self._url}/metrics  (gateway)\n")
-        print_("Try it:\n")
+        if is_embedded:
+            print_("Hello! I am a small model that remembers what you tell it. Talk to me in another terminal:\n")
+        else:
+            print_("Talk to it in another terminal:\n")
+        print_(f"  {_own_command()} chat --url {self._url}\n", markup=False)
+        print_("Or over the API:\n")
         print_(f"  curl {self._url}/v1/chat/completions \\\n    -H 'Content-Type: application/json' \\")
-        print_(f"    -d {shlex.quote(body % model)}\n", markup=False)
-        print_(f"  cachedattention chat --url {self._url}\n")
+        print_(f"    -d {shlex.quote(body)}\n", markup=False)
         print_("[dim]Ctrl-C stops everything.[/]")
 
     # -- while it runs ---------------------------------------------------------------------------------------------
@@ -239,6 +249,13 @@ async def _state(client: httpx.AsyncClient, url: str) -> tuple[bool, str]:
     except (httpx.HTTPError, ValueError, AttributeError):
         return False, "starting"
     return response.status_code == 200, text
+
+
+def _own_command() -> str:
+    """How a shell finds this program: by name, else by path."""
+    beside = Path(sys.executable).with_name("cachedattention")
+    by_path = shutil.which("cachedattention") is None and beside.exists()
+    return shlex.quote(str(beside)) if by_path else "cachedattention"
 
 
 def _how(code: int | None) -> str:

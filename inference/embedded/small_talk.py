@@ -17,6 +17,7 @@ class Intent:
     answer: str
 
 
+SUGGESTION = "My sister Anna lives in Rome."  # to a visitor, of what to say first
 HINT = "I can only remember what you tell me. Tell me a fact about you or somebody, or ask me for one."
 INTENTS: tuple[Intent, ...] = (
     Intent(

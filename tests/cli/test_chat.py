@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +15,9 @@ import httpx
 import pytest
 
 from cli.chat import Conversation, events, printable, summary
+from inference.embedded.small_talk import SUGGESTION
 from protocol.errors import PeerError
-from tests.cli.running import Up, cli, running_up
+from tests.cli.running import PATIENCE_S, Up, cli, environment, running_up
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +32,35 @@ def chat(url: str, *lines: bytes, more: tuple[str, ...] = ()) -> tuple[int, str,
 
 
 def test_a_piped_conversation_shows_what_was_cached(up: Up) -> None:
+    """And what was said: it reads like one at a terminal."""
     code, out, _ = chat(up.url, b"Hello.", b"", b"And then?", b"/quit", b"never asked")
     assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("› ")] == ["› Hello.", "› And then?", "› /quit"]
     lines = [line for line in out.splitlines() if line.startswith("cached ")]
     assert len(lines) == 2
     assert lines[0].startswith("cached 0 of ")
     assert not lines[1].startswith("cached 0 of ")
     assert all("TTFT" in line and "computed" in line for line in lines)
+
+
+def test_a_terminal_is_told_what_to_say(up: Up) -> None:
+    """At a terminal the embedded model's chat opens with a suggestion."""
+    terminal, theirs = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "cli", "chat", "--url", up.url],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        ) as process:
+            os.write(terminal, b"/quit\n")
+            out, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        os.close(terminal)
+        os.close(theirs)
+    assert process.returncode == 0
+    assert out.decode().splitlines()[1] == f"try: {SUGGESTION}"
 
 
 def test_new_and_system_begin_again(up: Up) -> None:

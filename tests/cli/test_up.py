@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,14 +46,17 @@ def test_from_start_to_ctrl_c(tmp_path: Path) -> None:
     with running_up(tmp_path / "data") as up:
         said = up.said()
         assert said.count("/metrics") == 3
-        command = re.search(r"curl .*?}'", said, re.DOTALL)
-        assert command is not None
+        request = re.search(r"curl .*?}'", said, re.DOTALL)
+        assert request is not None
         pasted = subprocess.run(
-            ["bash", "-c", command[0].replace("curl", "curl --silent --fail", 1)], capture_output=True, check=False
+            ["bash", "-c", request[0].replace("curl", "curl --silent --fail", 1)], capture_output=True, check=False
         )
         assert pasted.returncode == 0, pasted.stderr
         assert b'"chat.completion"' in pasted.stdout
-        assert shlex.split(f"cachedattention chat --url {up.url}")[-1] in said
+        assert json.loads(pasted.stdout)["choices"][0]["message"]["content"]
+        command, *arguments = next(shlex.split(line) for line in said.splitlines() if " chat --url " in line)
+        assert shutil.which(command) is not None
+        assert arguments == ["chat", "--url", up.url]
 
         first = up.ask("Tell me something.")
         answer = first["choices"][0]["message"]["content"]  # type: ignore[index]
