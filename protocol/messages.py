@@ -6,6 +6,7 @@ KV bytes are never in a message: they lie in the arena, and messages carry slots
 
     gateway   -> inference  GetModel, RunTurn
     gateway   -> kvdaemon   QueueOrder, GetStatus
+    cli       -> kvdaemon   DescribeStore, FindTurns, ListManifests, LocateChunks, ScrubStore, Erase, and what inference asks
     inference -> kvdaemon   OpenStore, GetManifest, Acquire, Quarantine, Release, Reserve, Unreserve, Commit,
                             SaveManifest
 """
@@ -376,6 +377,161 @@ class StoreStatus:
     manifests: Count
 
 
+# -- to kvdaemon, from the command line: what is stored, whether it is whole, and its removal ----------------------
+
+
+@message("describe_store")
+class DescribeStore:
+    """Ask what KV the store holds, before exporting from it or importing into it."""
+
+
+@message("store_description")
+class StoreDescription:
+    geometry: GeometryFields | None  # None: no client has opened the store yet
+    namespaces: tuple[Id, ...]  # of all chunks there are
+
+
+@message("find_turns")
+class FindTurns:
+    """Which saved turns' keys begin with these hexadecimal digits? Asked of the front, and by it of the SSD worker."""
+
+    prefix: Str
+    limit: Count = 8
+
+
+@message("found_turns")
+class FoundTurns:
+    turn_keys: tuple[Id, ...]  # ascending, at most `limit`
+    problem: Str = ""  # why the SSD could not be asked
+
+
+@message("chunk_place")
+class ChunkPlace:
+    """Where a chunk lies, in bytes of KV by tier; 0: not there. tokens is 0 where it lies nowhere."""
+
+    tokens: Count = 0
+    dram_bytes: Count = 0
+    ssd_bytes: Count = 0
+    leases: Count = 0
+
+
+@message("locate_chunks")
+class LocateChunks:
+    chunk_ids: tuple[Id, ...]
+
+
+@message("chunk_places")
+class ChunkPlaces:
+    """One for each chunk asked for, in its order."""
+
+    places: tuple[ChunkPlace, ...]
+
+
+@message("list_manifests")
+class ListManifests:
+    """List saved contexts without their text, a page at a time, in the order of turn keys after `after`.
+
+    Asked of the front, and by it of the SSD worker, which knows nothing of tiers and hits.
+    """
+
+    after: Bytes = b""
+    limit_bytes: Count = 512 * 1024  # a page ends with the manifest that exceeds it
+
+
+@message("manifest_entry")
+class ManifestEntry:
+    """A saved context as a list shows it.
+
+    token_ids and kv_tokens as in Manifest. saved_s and last_hit_s are wall clock; 0: not known. last_hit_s: when the
+    context was last handed out to its end, since the daemon started. dram_, ssd_: the part of its KV that is in a tier;
+    end_: the last chunk alone, which the turns that continue this one do not share where it is partial.
+    """
+
+    turn_key: Id
+    namespace: Id
+    token_ids: Tokens
+    kv_tokens: Count
+    chunk_ids: tuple[Id, ...]
+    text_bytes: Count
+    saved_s: Float = 0.0
+    last_hit_s: Float = 0.0
+    stored_tokens: Count = 0  # in either tier
+    dram_tokens: Count = 0
+    dram_bytes: Count = 0
+    ssd_tokens: Count = 0
+    ssd_bytes: Count = 0
+    end_dram_bytes: Count = 0
+    end_ssd_bytes: Count = 0
+
+
+@message("manifest_page")
+class ManifestPage:
+    entries: tuple[ManifestEntry, ...]
+    more: Bool
+    problem: Str = ""  # why the SSD could not be asked: these are the ones in memory
+
+
+@message("scrub_store")
+class ScrubStore:
+    """Verify every chunk of both tiers and every manifest now. Streams ScrubProgress; the final reply is ScrubReport."""
+
+
+@message("scrub_progress")
+class ScrubProgress:
+    tier: Literal["dram", "ssd", "manifests"]
+    done: Count  # chunks or manifests so far
+    total: Count  # about how many there are
+
+
+@message("scrub_report")
+class ScrubReport:
+    """What a full scrub read, and what it found damaged and put aside."""
+
+    dram_chunks: Count
+    dram_bytes: Count
+    ssd_chunks: Count
+    ssd_bytes: Count
+    manifests: Count
+    dram_damaged: tuple[Id, ...] = ()  # chunk ids; an undamaged copy on SSD stays
+    ssd_damaged: tuple[Id, ...] = ()  # chunk ids
+    manifests_damaged: tuple[Id, ...] = ()  # turn keys
+    skipped: Count = 0  # chunks in DRAM that were on their way in or out
+    problem: Str = ""  # why the SSD, or the rest of it, was not read
+
+
+@message("erase")
+class Erase:
+    """Remove a turn, the turns that continue it, and the earlier ones that nothing else continues, with their KV.
+
+    Chunks that another saved context needs stay. The removal goes on to its end whether or not anybody waits.
+    """
+
+    turn_key: Id
+
+
+@message("erasure_receipt")
+class ErasureReceipt:
+    """What was removed from which tier, and what could not be.
+
+    shared_chunks: of the erased contexts, kept because other contexts need them. wiped_bytes: overwritten with zeros in
+    the arena: the chunks' slots and whatever earlier chunks had left in unused memory. ssd_physical: bytes of
+    the database's files before, and after the compaction that followed.
+    """
+
+    turn_keys: tuple[Id, ...]
+    dram_chunks: tuple[Id, ...]
+    dram_bytes: Count
+    wiped_bytes: Count
+    ssd_chunks: tuple[Id, ...]
+    ssd_bytes: Count
+    ssd_manifests: Count
+    ssd_physical_before: Count
+    ssd_physical_after: Count
+    shared_chunks: Count
+    leases_revoked: Count
+    left: tuple[Str, ...] = ()  # one sentence for each thing that may still be somewhere
+
+
 # -- kvdaemon's front to its SSD worker ---------------------------------------------------------------------
 
 
@@ -462,6 +618,44 @@ class SsdPutManifest:
 @message("ssd_get_manifest")
 class SsdGetManifest:
     turn_key: Id
+
+
+@message("ssd_scrub")
+class SsdScrub:
+    """Read and verify records in key order after `after`; what is damaged is deleted."""
+
+    what: Literal["chunks", "manifests"]
+    after: Bytes = b""
+    limit: Count = 64
+
+
+@message("ssd_scrubbed")
+class SsdScrubbed:
+    """last: where to go on; empty: that was the last page. bytes: of KV, for chunks."""
+
+    records: Count
+    bytes: Count
+    damaged: tuple[Id, ...]
+    last: Bytes = b""
+
+
+@message("ssd_erase")
+class SsdErase:
+    """Delete these, then compact what held them, so that no file has their bytes any more."""
+
+    chunk_ids: tuple[Id, ...]
+    turn_keys: tuple[Id, ...]
+
+
+@message("ssd_erased")
+class SsdErased:
+    """Which of them were there, and the physical bytes of the database before and after."""
+
+    chunk_ids: tuple[Id, ...]
+    bytes: Count
+    manifests: Count
+    physical_before: Count
+    physical_after: Count
 
 
 @message("ssd_status_request")
