@@ -6,7 +6,7 @@ KV bytes are never in a message: they lie in the arena, and messages carry slots
 
     gateway   -> inference  GetModel, RunTurn
     gateway   -> kvdaemon   QueueOrder, GetStatus
-    cli       -> kvdaemon   DescribeStore, FindTurns, ListManifests, LocateChunks, ScrubStore, Erase, and what inference asks
+    cli       -> kvdaemon   DescribeStore, FindTurns, ListManifests, LocateChunks, ScrubStore, Erase, and as inference
     inference -> kvdaemon   OpenStore, GetManifest, Acquire, Quarantine, Release, Reserve, Unreserve, Commit,
                             SaveManifest
 """
@@ -473,7 +473,7 @@ class ManifestPage:
 
 @message("scrub_store")
 class ScrubStore:
-    """Verify every chunk of both tiers and every manifest now. Streams ScrubProgress; the final reply is ScrubReport."""
+    """Verify every chunk of both tiers and every manifest now. Streams ScrubProgress; the end is a ScrubReport."""
 
 
 @message("scrub_progress")
@@ -626,12 +626,15 @@ class SsdScrub:
 
     what: Literal["chunks", "manifests"]
     after: Bytes = b""
-    limit: Count = 64
+    limit_bytes: Count = 64 * 1024 * 1024  # a page ends with the record that exceeds it
 
 
 @message("ssd_scrubbed")
 class SsdScrubbed:
-    """last: where to go on; empty: that was the last page. bytes: of KV, for chunks."""
+    """last: where to go on; empty: that was the last page. bytes: of KV, for chunks.
+
+    damaged: keys; ids.ROOT stands for a block of the database that cannot be read, with whatever records it held.
+    """
 
     records: Count
     bytes: Count
@@ -649,9 +652,13 @@ class SsdErase:
 
 @message("ssd_erased")
 class SsdErased:
-    """Which of them were there, and the physical bytes of the database before and after."""
+    """Which of them were there, and the physical bytes of the database before and after.
+
+    unplaced: chunks with a damaged record, which alone knew where their layers lie.
+    """
 
     chunk_ids: tuple[Id, ...]
+    unplaced: tuple[Id, ...]
     bytes: Count
     manifests: Count
     physical_before: Count

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from monitoring.logs import get_logger
 from protocol.arena import Arena
@@ -27,9 +27,15 @@ from protocol.errors import CachedAttentionError, PeerError, PeerProtocolError, 
 from protocol.messages import (
     Ack,
     AttachArena,
+    FindTurns,
+    FoundTurns,
+    ListManifests,
     Manifest,
+    ManifestPage,
     ManifestReply,
     SsdDelete,
+    SsdErase,
+    SsdErased,
     SsdGetManifest,
     SsdList,
     SsdPage,
@@ -38,6 +44,8 @@ from protocol.messages import (
     SsdReadChunk,
     SsdReadDone,
     SsdRecord,
+    SsdScrub,
+    SsdScrubbed,
     SsdStatus,
     SsdStatusRequest,
     SsdWrite,
@@ -53,6 +61,8 @@ _STOP_S = 10.0  # the last flush
 _READ_S = 60.0
 _WRITE_S = 60.0
 _CONTROL_S = 10.0
+_SCRUB_S = 300.0  # a page of it, behind everything that somebody waits for
+_ERASE_S = 3600.0  # compaction rewrites what held the erased
 _BACKOFF_S = (0.2, 10.0)  # first, longest
 _STEADY_S = 30.0  # a worker that lived this long was no failed start
 _PAGE_RECORDS = 4096
@@ -147,12 +157,32 @@ class SsdLink:
 
     async def get_manifest(self, turn_key: bytes, timeout_s: float) -> ManifestReply:
         """Raises PeerTimeout: the worker is busy, and lives on; PeerError."""
-        if self._client is None or not self.is_up:
-            raise PeerUnavailable(self.problem)
-        return await self._client.request(SsdGetManifest(turn_key), ManifestReply, timeout_s)
+        return await self._ask_patiently(SsdGetManifest(turn_key), ManifestReply, timeout_s)
 
     async def status(self) -> SsdStatus:
         return await self._ask(SsdStatusRequest(), SsdStatus, _CONTROL_S)
+
+    async def find_turns(self, prefix: str, limit: int) -> FoundTurns:
+        """Keys of the saved turns that begin with these hexadecimal digits. Raises as get_manifest."""
+        return await self._ask_patiently(FindTurns(prefix, limit), FoundTurns, _CONTROL_S)
+
+    async def list_manifests(self, after: bytes, limit_bytes: int) -> ManifestPage:
+        """Raises as get_manifest."""
+        return await self._ask_patiently(ListManifests(after, limit_bytes), ManifestPage, _READ_S)
+
+    async def scrub(self, what: Literal["chunks", "manifests"], after: bytes) -> SsdScrubbed:
+        """Verify a page of records. Raises as get_manifest."""
+        return await self._ask_patiently(SsdScrub(what, after), SsdScrubbed, _SCRUB_S)
+
+    async def erase(self, chunk_ids: Sequence[bytes], turn_keys: Sequence[bytes]) -> SsdErased:
+        """Delete, and compact what held it. Raises CapacityError: the disk is full, or too slow; as get_manifest."""
+        return await self._ask_patiently(SsdErase(tuple(chunk_ids), tuple(turn_keys)), SsdErased, _ERASE_S)
+
+    async def _ask_patiently(self, message: Any, expect: type[M], timeout_s: float) -> M:
+        """Ask for something that may take long. The worker is not ended where it takes longer; heartbeats watch it."""
+        if self._client is None or not self.is_up:
+            raise PeerUnavailable(self.problem)
+        return await self._client.request(message, expect, timeout_s)
 
     async def _ask(self, message: Any, expect: type[M], timeout_s: float) -> M:
         if self._client is None or not self.is_up:

@@ -17,13 +17,16 @@ to 4.2 of separated blobs, equal from the disk (0.7); direct I/O reads 0.5 to 0.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import rocksdict
@@ -37,6 +40,7 @@ _MIB = 1024 * 1024
 _MEMTABLE_BYTES = 8 * _MIB  # at most four per column family, of which only `layers` ever fills one
 _BLOCK_CACHE_BYTES = 4 * _MIB  # index and filter blocks and records; layers are read once and copied to the arena
 _OPEN_FILES = 256
+_BOTTOM_LEVEL = 6  # of RocksDB's seven; nothing lies below it that a deletion there could hide
 _PLACE = struct.Struct(f">Q{ID_BYTES}sH")
 _SAVED_AT = struct.Struct(">d")
 _FAMILIES = ("layers", "chunks", "manifests")
@@ -131,31 +135,11 @@ class Tables:
         Where RocksDB finds a whole block of records damaged, b"" stands for it, and the listing goes on with the next
         first byte of a chunk id: at most 1/256 of the sound records are passed over.
         """
-        cursor = self._chunks.iter()
-        position = after
-        if after:
-            cursor.seek(after)
-            if cursor.valid() and cursor.key() == after:
-                cursor.next()
-        else:
-            cursor.seek_to_first()
-        for _ in range(limit):
-            if cursor.valid():
-                position = bytes(cursor.key())
-                try:
-                    yield ChunkRecord.unpack(position, bytes(cursor.value()))
-                except PeerProtocolError:
-                    yield position
-                cursor.next()
-            elif _is_broken(cursor):
-                yield b""
-                following = (position[0] if position else 0) + 1
-                if following > 0xFF:
-                    return
-                position = bytes([following])
-                cursor.seek(position)
-            else:
-                return
+        for key, value in itertools.islice(_walk(self._chunks, after), limit):
+            try:
+                yield ChunkRecord.unpack(key, value) if key else b""
+            except PeerProtocolError:
+                yield key
 
     def delete_chunks(self, chunk_ids: Sequence[bytes]) -> None:
         """Forget chunks; ids that are not there do no harm. The space returns with compaction."""
@@ -185,12 +169,29 @@ class Tables:
     def manifest(self, turn_key: bytes) -> Manifest | None:
         """Raises PeerProtocolError: damaged."""
         raw = _value(self._manifests, turn_key)
-        if raw is None:
-            return None
-        body = decode(raw[_SAVED_AT.size :]).body
-        if not isinstance(body, Manifest) or body.turn_key != turn_key:
-            raise PeerProtocolError(f"damaged manifest {turn_key.hex()}")
-        return body
+        return None if raw is None else _unpack_manifest(turn_key, raw)[1]
+
+    def manifests_after(self, after: bytes) -> Iterator[tuple[bytes, float, Manifest | None]]:
+        """Turn keys in order after `after`, when each was saved (seconds since 1970), and the manifest.
+
+        None: a damaged one. b"" stands for a damaged block of them, as in `records`.
+        """
+        for turn_key, value in _walk(self._manifests, after):
+            try:
+                yield turn_key, *_unpack_manifest(turn_key, value)
+            except PeerProtocolError:
+                yield turn_key, 0.0, None
+
+    def turn_keys(self, low: bytes, high: bytes) -> Iterator[bytes]:
+        """The keys of manifests from `low` to `high`, both included, ascending."""
+        cursor = self._manifests.iter()
+        cursor.seek(low)
+        while cursor.valid() and bytes(cursor.key()) <= high:
+            yield bytes(cursor.key())
+            cursor.next()
+
+    def has_manifest(self, turn_key: bytes) -> bool:
+        return _value(self._manifests, turn_key) is not None
 
     def delete_manifest(self, turn_key: bytes) -> None:
         with _translated():
@@ -235,6 +236,45 @@ class Tables:
         with _translated():
             self._layers.compact_range(None, None)
 
+    def group_by_file(self, chunk_ids: Sequence[bytes]) -> tuple[list[list[ChunkRecord]], list[bytes]]:
+        """Those of `chunk_ids` that are there, the ones of one table file together, oldest first. Flushes.
+
+        Deleted group by group, they make compaction rewrite the files that hold them, and none of those between.
+        Second: the ids of damaged records, which alone knew where their layers lie.
+        """
+        self.flush()
+        found: list[tuple[bytes, ChunkRecord]] = []
+        damaged: list[bytes] = []
+        for chunk_id in chunk_ids:
+            try:
+                record = self.record(chunk_id)
+            except PeerProtocolError:
+                damaged.append(chunk_id)
+                continue
+            if record is not None:
+                found.append((_layer_key(record, 0), record))
+        found.sort(key=lambda item: item[0])
+        starts = sorted(file["start_key"] for file in self._layer_files())
+        by_file = itertools.groupby(found, key=lambda item: bisect.bisect_right(starts, item[0]))
+        return [[record for _, record in group] for _, group in by_file], damaged
+
+    def compact_deletions(self) -> None:
+        """Rewrite the layers' files in which something was deleted and flushed. As `compact`, where that is little."""
+        for file in self._layer_files():
+            if file["num_deletions"] and file["level"] < _BOTTOM_LEVEL:
+                with _translated():
+                    self._layers.compact_range(bytes(file["start_key"]), bytes(file["end_key"]))
+
+    def _layer_files(self) -> list[dict[str, Any]]:
+        """RocksDB's description of its table files, of the layers' family: their keys alone have this length."""
+        return [file for file in self._db.live_files() if len(file["start_key"]) == _PLACE.size]
+
+    def compact_records(self) -> None:
+        """Rewrite records and manifests without what was deleted and flushed. As `compact`."""
+        with _translated():
+            for family in (self._chunks, self._manifests):
+                family.compact_range(None, None)
+
     def physical_bytes(self) -> int:
         """What the database takes on the disk, garbage not yet compacted included."""
         total = 0
@@ -277,6 +317,45 @@ def _options() -> rocksdict.Options:
 
 def _layer_key(record: ChunkRecord, layer: int) -> bytes:
     return _PLACE.pack(int(record.written_s * 1e6), record.chunk_id, layer)
+
+
+def _unpack_manifest(turn_key: bytes, raw: bytes) -> tuple[float, Manifest]:
+    """When it was saved, and the manifest. Raises PeerProtocolError: damaged."""
+    body = decode(raw[_SAVED_AT.size :]).body
+    if not isinstance(body, Manifest) or body.turn_key != turn_key:
+        raise PeerProtocolError(f"damaged manifest {turn_key.hex()}")
+    (saved_s,) = _SAVED_AT.unpack_from(raw)
+    return float(saved_s), body
+
+
+def _walk(family: rocksdict.Rdict, after: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a family in key order after `after`.
+
+    Where RocksDB finds a whole block damaged, (b"", b"") stands for it, and the walk goes on with the next first byte.
+    Raises PeerError: the disk cannot be read.
+    """
+    cursor = family.iter()
+    position = after
+    if after:
+        cursor.seek(after)
+        if cursor.valid() and cursor.key() == after:
+            cursor.next()
+    else:
+        cursor.seek_to_first()
+    while True:
+        if cursor.valid():
+            position = bytes(cursor.key())
+            yield position, bytes(cursor.value())
+            cursor.next()
+        elif _is_broken(cursor):
+            yield b"", b""
+            following = (position[0] if position else 0) + 1
+            if following > 0xFF:
+                return
+            position = bytes([following])
+            cursor.seek(position)
+        else:
+            return
 
 
 def _is_broken(cursor: rocksdict.RdictIter) -> bool:

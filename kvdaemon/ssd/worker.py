@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +35,19 @@ from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
 from protocol.arena import Arena, SlotState, exclusive
 from protocol.errors import CachedAttentionError, CapacityError, InvalidRequest, PeerError, PeerProtocolError
+from protocol.ids import ID_BYTES, ROOT
 from protocol.messages import (
     Ack,
     AttachArena,
+    FindTurns,
+    FoundTurns,
+    ListManifests,
+    ManifestEntry,
+    ManifestPage,
     ManifestReply,
     SsdDelete,
+    SsdErase,
+    SsdErased,
     SsdGetManifest,
     SsdList,
     SsdPage,
@@ -46,6 +55,8 @@ from protocol.messages import (
     SsdRead,
     SsdReadDone,
     SsdRecord,
+    SsdScrub,
+    SsdScrubbed,
     SsdStatus,
     SsdStatusRequest,
     SsdWrite,
@@ -61,6 +72,7 @@ _FLUSH_S = 2.0
 _PIECE_BYTES = 8 * 1024 * 1024  # read in one go before somebody else may have a turn
 _SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
 _WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
+_SCRUB_PAGE = 512  # records; more than the 256 blocks that a listing can find unreadable, so that it gets on
 _MANIFEST_SHARE = 0.1  # of the SSD tier's capacity
 DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
 
@@ -106,6 +118,10 @@ class SsdWorker:
                 SsdPutManifest: self._put_manifest,
                 SsdGetManifest: self._get_manifest,
                 SsdStatusRequest: self._status,
+                FindTurns: self._find_turns,
+                ListManifests: self._list_manifests,
+                SsdScrub: self._scrub,
+                SsdErase: self._erase,
             },
         )
 
@@ -329,6 +345,154 @@ class SsdWorker:
                     await self._in_thread(lambda: self._tables.delete_manifest(request.turn_key))
                 return ManifestReply(None, "corrupt")
         return ManifestReply(manifest, "" if manifest is not None else "manifest_lost")
+
+    async def _find_turns(self, call: Call, request: FindTurns) -> FoundTurns:
+        low, high = (bytes.fromhex(request.prefix.ljust(2 * ID_BYTES, digit)) for digit in "0f")
+        async with self._turns.turn(URGENT):
+            found = await self._in_thread(lambda: list(islice(self._tables.turn_keys(low, high), request.limit)))
+        return FoundTurns(tuple(found))
+
+    async def _list_manifests(self, call: Call, request: ListManifests) -> ManifestPage:
+        async with self._turns.turn(BACKGROUND):
+            entries, damaged, more = await self._in_thread(lambda: self._page(request.after, request.limit_bytes))
+        await self._forget_manifests(damaged)
+        return ManifestPage(tuple(entries), more)
+
+    def _page(self, after: bytes, limit_bytes: int) -> tuple[list[ManifestEntry], list[bytes], bool]:
+        """Entries, keys of damaged manifests between them, and whether there are more."""
+        entries: list[ManifestEntry] = []
+        damaged: list[bytes] = []
+        size = 0
+        for turn_key, saved_s, manifest in self._tables.manifests_after(after):
+            if manifest is None:
+                damaged.append(turn_key)
+                continue
+            if size > limit_bytes:
+                return entries, damaged, True
+            text_bytes = len(manifest.text.encode("utf-8", "surrogatepass"))
+            entries.append(
+                ManifestEntry(
+                    *(turn_key, manifest.namespace, manifest.token_ids, manifest.kv_tokens, manifest.chunk_ids),
+                    *(text_bytes, saved_s),
+                )
+            )
+            # What was read counts, not only what is sent: a page is one piece of the database thread's time.
+            size += len(manifest.token_ids) + ID_BYTES * len(manifest.chunk_ids) + text_bytes
+        return entries, damaged, False
+
+    async def _forget_manifests(self, turn_keys: list[bytes]) -> None:
+        if not turn_keys:
+            return
+        log.error("damaged manifests are deleted", manifests=[turn_key.hex() for turn_key in turn_keys])
+        self._corrupt_records += len(turn_keys)
+        async with self._turns.turn(BACKGROUND):
+            for turn_key in turn_keys:
+                with contextlib.suppress(PeerError, CapacityError):
+                    await self._in_thread(partial(self._tables.delete_manifest, turn_key))
+
+    # -- scrubbing ----------------------------------------------------------------------------------------
+
+    async def _scrub(self, call: Call, request: SsdScrub) -> SsdScrubbed:
+        if request.what == "manifests":
+            return await self._scrub_manifests(request)
+        async with self._turns.turn(BACKGROUND):
+            found = await self._in_thread(lambda: list(self._tables.records(request.after, _SCRUB_PAGE)))
+        last = b""
+        checked = size = 0
+        damaged: list[bytes] = []
+        for record in found:
+            if size > request.limit_bytes and last:
+                break
+            checked += 1
+            if isinstance(record, bytes):
+                damaged.append(record or ROOT)
+                last = record or last
+                continue
+            last = record.chunk_id
+            size += record.size_bytes
+            if not await self._is_intact(record):
+                damaged.append(record.chunk_id)
+        if damaged:
+            log.error("damaged chunks on SSD are deleted", chunks=[chunk_id.hex() for chunk_id in damaged])
+            self._corrupt_records += len(damaged)
+            await self._forget(damaged)
+        is_end = checked == len(found) < _SCRUB_PAGE
+        return SsdScrubbed(checked, size, tuple(damaged), b"" if is_end else last)
+
+    async def _is_intact(self, record: ChunkRecord) -> bool:
+        """Whether every layer has its checksum. Layer by layer: reads that somebody waits for go in between."""
+        for layer in range(len(record.checksums)):
+            async with self._turns.turn(BACKGROUND):
+                if await self._in_thread(partial(self._has_checksum, record, layer)):
+                    continue
+                with contextlib.suppress(PeerProtocolError):
+                    # Deleted, or written anew, since its record was read.
+                    return await self._in_thread(lambda: self._tables.record(record.chunk_id)) != record
+                return False
+        return True
+
+    def _has_checksum(self, record: ChunkRecord, layer: int) -> bool:
+        try:
+            value = self._tables.layer(record, layer)
+        except PeerProtocolError:
+            return False
+        return value is not None and xxhash.xxh3_64_intdigest(value) == record.checksums[layer]
+
+    async def _scrub_manifests(self, request: SsdScrub) -> SsdScrubbed:
+        page = ListManifests(request.after, request.limit_bytes)
+        async with self._turns.turn(BACKGROUND):
+            entries, damaged, more = await self._in_thread(lambda: self._page(page.after, page.limit_bytes))
+        await self._forget_manifests(damaged)
+        last = entries[-1].turn_key if more else b""
+        return SsdScrubbed(len(entries) + len(damaged), 0, tuple(key or ROOT for key in damaged), last)
+
+    # -- erasing ------------------------------------------------------------------------------------------
+
+    async def _erase(self, call: Call, request: SsdErase) -> SsdErased:
+        """Delete and compact, by the files that hold the chunks. Manifests last: while they are there, an erasure
+        that broke off can be asked for again."""
+        tables = self._tables
+        before = tables.physical_bytes()
+        async with self._turns.turn(BACKGROUND):
+            groups, unplaced = await self._in_thread(lambda: tables.group_by_file(request.chunk_ids))
+        for group in [*groups, []]:  # the last time for what was deleted earlier and never compacted
+            doomed = [record.chunk_id for record in group] or unplaced
+            await self._delete_and_flush(partial(tables.delete_chunks, doomed), call.deadline_s)
+            await self._compact(tables.compact_deletions)
+
+        def delete_manifests() -> int:
+            there = [turn_key for turn_key in request.turn_keys if tables.has_manifest(turn_key)]
+            for turn_key in there:
+                tables.delete_manifest(turn_key)
+            return len(there)
+
+        manifests = await self._delete_and_flush(delete_manifests, call.deadline_s)
+        await self._compact(tables.compact_records)
+        there = [record for group in groups for record in group]
+        return SsdErased(
+            tuple(record.chunk_id for record in there),
+            tuple(unplaced),
+            sum(record.size_bytes for record in there),
+            manifests,
+            before,
+            tables.physical_bytes(),
+        )
+
+    async def _delete_and_flush(self, delete: Callable[[], T], deadline_s: float) -> T:
+        """Raises CapacityError: the disk is full, or too slow; PeerError."""
+        while True:
+            try:
+                async with self._turns.turn(BACKGROUND):
+                    deleted = await self._in_thread(delete)
+                    await self._in_thread(self._tables.flush)
+                return deleted
+            except Stalled as error:
+                if time.monotonic() + 1.0 > deadline_s:
+                    raise CapacityError("the disk is too slow for what is saved") from error
+            await asyncio.sleep(0.1)
+
+    async def _compact(self, function: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._compaction, function)
 
     async def _status(self, call: Call, request: SsdStatusRequest) -> SsdStatus:
         tables = self._tables

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import shutil
 import time
 from pathlib import Path
@@ -187,3 +189,84 @@ def test_a_database_in_use_is_not_damaged(tmp_path: Path) -> None:
         open_tables(tmp_path / "ssd")
     assert [path.name for path in tmp_path.iterdir()] == ["ssd"]
     tables.close()
+
+
+def test_manifests_are_listed_in_pages_and_found_by_prefix(tmp_path: Path) -> None:
+    """Pages join to all manifests in key order, each with its time; a damaged one comes without a manifest."""
+    tables = Tables(tmp_path / "ssd")
+    keys = sorted(bytes([n]) * 16 for n in range(10))
+    before_s = time.time()
+    for key in keys:
+        tables.put_manifest(manifest(key))
+    tables._manifests.put(keys[4], b"12345678 nonsense")
+    seen = []
+    after = b""
+    while page := list(itertools.islice(tables.manifests_after(after), 3)):
+        seen += page
+        after = page[-1][0]
+    assert [key for key, _, _ in seen] == keys
+    assert [found for _, _, found in seen] == [None if n == 4 else manifest(key) for n, key in enumerate(keys)]
+    assert all(before_s <= saved_s <= time.time() for _, saved_s, found in seen if found is not None)
+    assert list(tables.turn_keys(b"\3" + bytes(15), b"\5" + b"\xff" * 15)) == keys[3:6]
+    assert tables.has_manifest(keys[4])
+    assert not tables.has_manifest(b"x" * 16)
+    tables.close()
+
+
+def test_what_is_deleted_and_compacted_is_in_no_file(tmp_path: Path) -> None:
+    """Chunks from all over the database: after delete, flush and compaction of their files none of their bytes is left,
+    all others are there, and most files were not rewritten."""
+    tables = Tables(tmp_path / "ssd")
+    victims, others = [], []
+    for n in range(120):
+        chunk_id = bytes([n]) * 16
+        (victims if n in (3, 4, 60) else others).append(chunk_id)
+        mark = b"ERASED" if chunk_id in victims else b"KEPT"
+        layers = [mark + os.urandom(100_000) for _ in range(3)]
+        tables.put_chunk(dataclasses.replace(record(chunk_id), written_s=1000.0 + n), layers)
+        tables.put_manifest(manifest(chunk_id, text=mark.decode() * 20))
+    groups, damaged = tables.group_by_file([*victims, b"never was here!!"])
+    assert [[found.chunk_id for found in group] for group in groups] == [victims[:2], victims[2:]]
+    assert damaged == []
+    files = {path.name for path in tables.path.glob("*.sst")}
+    assert occurrences(tables.path, b"ERASED") > 0
+    for group in groups:
+        tables.delete_chunks([found.chunk_id for found in group])
+        tables.flush()
+        tables.compact_deletions()
+    kept = files & {path.name for path in tables.path.glob("*.sst")}
+    assert len(kept) > len(files) / 2
+    for victim in victims:
+        tables.delete_manifest(victim)
+    tables.flush()
+    tables.compact_records()
+    assert occurrences(tables.path, b"ERASED") == 0
+    for chunk_id in others:
+        found = tables.record(chunk_id)
+        assert found is not None
+        assert all((tables.layer(found, layer) or b"").startswith(b"KEPT") for layer in range(3))
+        assert tables.manifest(chunk_id) is not None
+    tables.close()
+
+
+def test_a_chunk_evicted_long_before_leaves_no_bytes_either(tmp_path: Path) -> None:
+    """Deleted, flushed, and not compacted since: no record tells where it lay, but the files with deletions do."""
+    tables = Tables(tmp_path / "ssd")
+    for n in range(30):
+        mark = b"ERASED" if n == 7 else b"KEPT"
+        chunk_id = bytes([n]) * 16
+        tables.put_chunk(
+            dataclasses.replace(record(chunk_id), written_s=1000.0 + n), [mark + os.urandom(1000) for _ in range(3)]
+        )
+    tables.flush()
+    tables.delete_chunks([bytes([7]) * 16])
+    tables.flush()
+    assert occurrences(tables.path, b"ERASED") == 3
+    tables.compact_deletions()
+    assert occurrences(tables.path, b"ERASED") == 0
+    tables.close()
+
+
+def occurrences(directory: Path, marker: bytes) -> int:
+    """In all files of a database, logs included."""
+    return sum(path.read_bytes().count(marker) for path in directory.iterdir())
