@@ -2,7 +2,7 @@
 
 Slots describe themselves. What a dead daemon left is judged slot by slot: READY counts only if every layer has its
 checksum; LOADING is free, for the worker that filled it is gone too; RESERVED stays as it is, for its owner may live
-and write into it at this moment.
+and write into it at this moment; WIPING is wiped again, from its beginning, and free.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def fits(arena: Arena, dram_bytes: int) -> bool:
 
 
 def survey(arena: Arena) -> Findings:
-    """Look at every slot and verify every READY one. Changes nothing. Reads the whole arena: call it in a thread."""
+    """Look at every slot, verify every READY one, wipe every WIPING one. Changes nothing else.
+
+    Reads the whole arena: call it in a thread.
+    """
     occupied: dict[int, SlotState] = {}
     ready: list[int] = []
     damaged = 0
@@ -65,7 +68,9 @@ def survey(arena: Arena) -> Findings:
         except PeerProtocolError:
             damaged += 1
             continue
-        if state is SlotState.RESERVED:
+        if state is SlotState.WIPING:
+            arena.wipe(slot)
+        elif state is SlotState.RESERVED:
             occupied[slot] = state
         elif state is SlotState.READY:
             is_whole = arena.ready_layers(slot) == arena.geometry.layers and arena.chunk_id(slot) != ROOT

@@ -4,6 +4,7 @@
       │                  └──give back──▶ FREE
       └────fetch────▶ LOADING ──loaded──▶ READY
                          └──fail──▶ FREE
+    FREE or READY ──wipe──▶ WIPING ──wiped──▶ FREE
 
 The front's own books decide. The arena's table repeats them for readers and for the next daemon, but every client
 maps that table for writing, so nothing here is ever read back from it.
@@ -28,6 +29,8 @@ class SlotEvent(Enum):
     LOADED = "loaded"
     FAIL = "fail"
     EVICT = "evict"
+    WIPE = "wipe"
+    WIPED = "wiped"
 
 
 SLOT_LIFECYCLE: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
@@ -38,6 +41,9 @@ SLOT_LIFECYCLE: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.LOADING, SlotEvent.LOADED): SlotState.READY,
     (SlotState.LOADING, SlotEvent.FAIL): SlotState.FREE,
     (SlotState.READY, SlotEvent.EVICT): SlotState.FREE,
+    (SlotState.READY, SlotEvent.WIPE): SlotState.WIPING,
+    (SlotState.FREE, SlotEvent.WIPE): SlotState.WIPING,
+    (SlotState.WIPING, SlotEvent.WIPED): SlotState.FREE,
 }
 
 _DROPS = {
@@ -126,6 +132,26 @@ class DramTier:
         self.arena.free(slot)
         self._states[slot] = state
         self._generations[slot] = self.arena.generation(slot)
+        self._free.append(slot)
+
+    def withdraw(self, slot: int) -> None:
+        """Take a READY or FREE slot out of use, to be wiped. Readers of its generation notice."""
+        state = self._next(slot, SlotEvent.WIPE)
+        if self._states[slot] is SlotState.FREE:
+            self._free.remove(slot)
+        self._generations[slot] = self.arena.take(slot, state, ROOT)
+        self._states[slot] = state
+
+    def withdraw_free(self, limit: int) -> list[int]:
+        """Take the `limit` slots out of use that have been free for longest, to be wiped."""
+        slots = self._free[:limit]
+        for slot in slots:
+            self.withdraw(slot)
+        return slots
+
+    def wiped(self, slot: int) -> None:
+        """Give back a slot that was withdrawn. Its table entry says nothing of what lay there."""
+        self._set(slot, self._next(slot, SlotEvent.WIPED))
         self._free.append(slot)
 
     def drop_all(self, slots: Iterable[int]) -> None:

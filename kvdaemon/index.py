@@ -64,6 +64,10 @@ class ChunkIndex:
     def get(self, chunk_id: bytes) -> Chunk | None:
         return self._chunks.get(chunk_id)
 
+    def __iter__(self) -> Iterator[Chunk]:
+        """All chunks, in no particular order."""
+        return iter(self._chunks.values())
+
     def resident(self) -> Iterator[Chunk]:
         """Chunks in DRAM, LOADING ones too, coldest first."""
         return iter(self._dram.values())

@@ -1,7 +1,7 @@
 """Leases: promises that chunks stay readable, each held by one client and ending in exactly one way.
 
 granted ──release──▶ ended      by its holder
-   └─────revoke────▶ ended      its time is up, or its holder died
+   └─────revoke────▶ ended      its time is up, its holder died, or a chunk of it is erased
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class LeaseBook:
     def revoke_client(self, client: bytes) -> list[Lease]:
         """End all leases of a client that died. Returns them."""
         return [self._end(lease) for lease in list(self._open.values()) if lease.client == client]
+
+    def revoke_holding(self, chunk: Chunk) -> list[Lease]:
+        """End all leases on a chunk. Returns them."""
+        return [self._end(lease) for lease in list(self._open.values()) if chunk in lease.chunks]
 
     def _end(self, lease: Lease) -> Lease:
         del self._open[lease.lease_id]

@@ -11,6 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvdaemon.dram import DramTier
@@ -47,6 +48,15 @@ class SsdTier(Protocol):
     def can_write(self) -> bool:
         """False: disabled, away, or its disk is full. Dirty chunks are then as good as any other to evict."""
         ...
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """What came of withdrawing a chunk. slot: None where it had none."""
+
+    slot: int | None = None
+    tokens: int = 0
+    leases_revoked: int = 0
 
 
 class Store:
@@ -298,6 +308,50 @@ class Store:
             self.index.leave_ssd(chunk)
             self._metrics.evicted("ssd", "capacity")
         return victims
+
+    # -- erasing ------------------------------------------------------------------------------------------
+
+    def withdraw(self, chunk_id: bytes) -> Withdrawal | None:
+        """Forget a chunk that is to be erased, in both tiers; leases on it end. Its slot is WIPING and is the caller's.
+
+        None: the chunk is on its way in or out. Ask again; it is not written behind anew meanwhile.
+        """
+        self._losses.pop(chunk_id, None)
+        chunk = self.index.get(chunk_id)
+        if chunk is None:
+            return Withdrawal()
+        if chunk.residence is Residence.LOADING or chunk.writing:
+            self.index.mark_clean(chunk)
+            return None
+        revoked = len(self.leases.revoke_holding(chunk)) if chunk.leases else 0
+        self._metrics.lease_revoked(revoked)
+        slot = None
+        if chunk.on_ssd:
+            self.index.leave_ssd(chunk)
+        if chunk.residence is Residence.READY:
+            slot = chunk.slot
+            self._bound().withdraw(slot)
+            self.index.leave_dram(chunk)
+        return Withdrawal(slot, chunk.tokens, revoked)
+
+    def erased_from_ssd(self, chunk_id: bytes) -> None:
+        """The SSD tier has this chunk no more. One that was saved again meanwhile is to be written behind again."""
+        chunk = self.index.get(chunk_id)
+        if chunk is not None and chunk.on_ssd:
+            self.index.leave_ssd(chunk)
+            if chunk.residence is Residence.READY:
+                self.index.mark_dirty(chunk)
+
+    def damaged_on_ssd(self, chunk_id: bytes) -> None:
+        """The SSD worker found the chunk's record damaged, and deleted it."""
+        self._metrics.corrupt("ssd")
+        chunk = self.index.get(chunk_id)
+        if chunk is not None and chunk.on_ssd:
+            if chunk.residence is not Residence.READY:
+                self._note_loss(chunk, "corrupt")
+            self.index.leave_ssd(chunk)
+            if chunk.residence is Residence.READY:
+                self.index.mark_dirty(chunk)
 
     # -- clients and time -------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class SlotState(IntEnum):
     RESERVED = 1  # an inference process (`owner`) is filling it
     LOADING = 2  # the SSD worker is filling it; layers below ready_layers may be read
     READY = 3  # a whole chunk
+    WIPING = 4  # the daemon overwrites what was in it
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,23 @@ class Arena:
             self._data[start : start + tokens * geometry.key_bytes],
             self._data[values : values + tokens * geometry.value_bytes],
         )
+
+    def wipe(self, slot: int) -> None:
+        """Front only, for a slot that nobody else reads or writes: overwrite all of it with zeros, checksums too."""
+        start = slot * self.geometry.slot_bytes
+        self._data[start : start + self.geometry.slot_bytes] = 0
+        self._checksums[slot] = 0
+        self._tokens[slot] = 0
+        for name in _ID_FIELDS:
+            self._set_id(name, slot, bytes(ID_BYTES))
+
+    def wipe_unused(self, slot: int, layer: int, tokens: int) -> int:
+        """Front only: overwrite what earlier chunks left behind a layer's `tokens` tokens. Returns how many bytes."""
+        unused = self.geometry.chunk_tokens - tokens
+        key, value = self.layer(slot, layer, self.geometry.chunk_tokens)
+        key[tokens * self.geometry.key_bytes :] = 0
+        value[tokens * self.geometry.value_bytes :] = 0
+        return unused * (self.geometry.key_bytes + self.geometry.value_bytes)
 
     def verify_layer(self, slot: int, layer: int, tokens: int) -> bool:
         """Whether the bytes of a layer have the checksum that their writer noted."""

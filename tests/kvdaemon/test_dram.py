@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvdaemon.adoption import survey
 from kvdaemon.dram import SLOT_LIFECYCLE, DramTier, SlotEvent
 from protocol.arena import Arena, SlotState
 from protocol.errors import InternalError
@@ -87,3 +88,52 @@ def test_adopting_frees_what_is_not_named(dram: DramTier) -> None:
     assert later.arena.state(loading) is SlotState.FREE
     assert not later.arena.is_current(loading, old, b"c" * 16)
     assert later.free_slots == later.slots - 1
+
+
+def test_a_wiped_slot_holds_zeros_and_is_nobodys_meanwhile(dram: DramTier) -> None:
+    """READY or FREE to WIPING: readers notice, it cannot be given away, and afterwards neither data nor table tell."""
+    slot, arena = dram.reserve(A), dram.arena
+    for layer in range(SMALL.layers):
+        for view in arena.layer(slot, layer, SMALL.chunk_tokens):
+            view[:] = 7
+        arena.set_layer_ready(slot, layer, 99)
+    dram.commit(slot, b"c" * 16, b"p" * 16, NAMESPACE, 5)
+    generation = dram.generation(slot)
+    dram.withdraw(slot)
+    assert not arena.is_current(slot, generation, b"c" * 16)
+    assert (arena.state(slot), dram.free_slots) == (SlotState.WIPING, dram.slots - 1)
+    with pytest.raises(InternalError):
+        dram.drop(slot)
+    arena.wipe(slot)
+    assert not any(view.any() for layer in range(SMALL.layers) for view in arena.layer(slot, layer, SMALL.chunk_tokens))
+    assert arena._table[slot].tobytes().count(0) > len(arena._table[slot].tobytes()) - 8  # generation and state remain
+    dram.wiped(slot)
+    assert (arena.state(slot), dram.free_slots) == (SlotState.FREE, dram.slots)
+    everything = dram.withdraw_free(100)
+    assert sorted(everything) == list(range(dram.slots))
+    with pytest.raises(InternalError):
+        dram.reserve(A)
+
+
+def test_unused_bytes_of_a_slot_are_wiped_alone(dram: DramTier) -> None:
+    slot, arena = dram.reserve(A), dram.arena
+    for layer in range(SMALL.layers):
+        for view in arena.layer(slot, layer, SMALL.chunk_tokens):
+            view[:] = 7
+    assert arena.wipe_unused(slot, 1, 5) == (SMALL.chunk_tokens - 5) * (SMALL.key_bytes + SMALL.value_bytes)
+    for layer in range(SMALL.layers):
+        for view, size in zip(arena.layer(slot, layer, SMALL.chunk_tokens), (64, 96), strict=True):
+            assert (view[: 5 * size] == 7).all()
+            assert (view[5 * size :] == (0 if layer == 1 else 7)).all()
+
+
+def test_adopting_finishes_a_wipe(dram: DramTier) -> None:
+    """A daemon that died while it wiped: the next one wipes the slot again, and it is free."""
+    slot = dram.reserve(A)
+    dram.arena.layer(slot, 0, 1)[0][:] = 7
+    dram.drop(slot)
+    dram.withdraw(slot)
+    findings = survey(dram.arena)
+    assert (findings.occupied, findings.damaged) == ({}, 0)
+    assert not dram.arena.layer(slot, 0, 1)[0].any()
+    assert DramTier(dram.arena, findings.occupied).free_slots == dram.slots

@@ -69,3 +69,14 @@ def test_released_leases_leave_no_trace() -> None:
         book.release(book.grant(A, [], 1e9).lease_id, A)
         book.revoke_expired(0.0)
     assert len(book._expiry) < 200
+
+
+def test_leases_on_an_erased_chunk_are_revoked() -> None:
+    """All that hold it, and no other; their other chunks are let go of too."""
+    book, erased, other = LeaseBook(), chunk(b"e"), chunk(b"o")
+    both, alone = book.grant(A, [erased, other], 10.0), book.grant(B, [other], 10.0)
+    assert book.revoke_holding(erased) == [both]
+    assert (erased.leases, other.leases, len(book)) == (0, 1, 1)
+    with pytest.raises(InvalidRequest):
+        book.release(both.lease_id, A)
+    book.release(alone.lease_id, B)
