@@ -1,168 +1,166 @@
-"""Memory of the index: bytes that one chunk record costs the daemon, and which objects they are.
-
-    python -m benchmarks.store.index [--chunks N] [--tier ssd|dram]
-
-Records arrive as they do in the daemon: decoded from the worker's pages (SSD) or read from an arena's slots (DRAM).
-A process of its own each time: memory once used by Python says little about what is used now.
-"""
+"""The index at a million chunks: memory of a record, start-up, and the time of a decision."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import subprocess
-import sys
+import statistics
 import tempfile
-import tracemalloc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import numpy as np
 import psutil
-import typer
 
+from benchmarks.stack import Stack, drop_page_cache
+from benchmarks.store import memory
+from benchmarks.store.engine import geometry_of, kv_shape
+from benchmarks.store.figures import Figure, Section, Series
+from benchmarks.store.made import arena_bytes, filled_arena, listing
+from benchmarks.store.records import make_database
 from kvdaemon import adoption
 from kvdaemon.dram import DramTier
-from kvdaemon.placement.lru import LeastRecentlyUsed
-from kvdaemon.store import Store
-from monitoring.kvdaemon_metrics import KvDaemonMetrics
-from monitoring.registry import new_registry
-from protocol.arena import Arena, Geometry, SlotState, layer_checksum
-from protocol.codec import Frame, decode, encode
-from protocol.ids import ID_BYTES, ROOT, digest
-from protocol.messages import SsdPage, SsdRecord
+from protocol.arena import Arena, SlotState, layer_checksum
+from protocol.ids import ROOT, new_id
+from protocol.messages import ReservedSlot
 
-Tier = Literal["ssd", "dram"]
-TINY = Geometry(layers=1, key_bytes=1, value_bytes=1, chunk_tokens=1)  # a slot is one page
-NAMESPACE = digest("benchmark", b"index")
-_PAGE_RECORDS = 4096
-_PER_CONVERSATION = 16  # chunks; after them the next lineage begins
+_MIB = 2**20
+_START_S = 300.0
+_BYTES, _SECONDS = 400.0, 10.0
+_CLIENT = new_id()
 
 
-class _Ssd:
-    """An SSD tier that is there."""
-
-    can_read = True
-    can_write = True
-
-
-def empty_store() -> Store:
-    """A store as the daemon makes it, without an arena."""
-    return Store(LeastRecentlyUsed(), _Ssd(), KvDaemonMetrics(new_registry()), "sample")
-
-
-def records(chunks: int) -> Iterator[SsdRecord]:
-    """Records of conversations of 16 chunks, the older ones written first."""
-    ids = np.random.default_rng(1).bytes(chunks * ID_BYTES)
-    parent = ROOT
-    for i in range(chunks):
-        chunk_id = ids[i * ID_BYTES : (i + 1) * ID_BYTES]
-        yield SsdRecord(chunk_id, parent, NAMESPACE, 256, 6 * 2**20, 1.7e9 + i * 1e-3)
-        parent = ROOT if i % _PER_CONVERSATION == _PER_CONVERSATION - 1 else chunk_id
-
-
-def listing(chunks: int) -> list[SsdRecord]:
-    """The same records as they come from the worker, page by page through the codec."""
-    listed: list[SsdRecord] = []
-    page: list[SsdRecord] = []
-    for record in records(chunks):
-        page.append(record)
-        if len(page) == _PAGE_RECORDS:
-            listed += _sent(page)
-            page = []
-    return listed + _sent(page)
+def measure(disk: Path, quick: bool, step: Callable[[], None]) -> Section:
+    million = 2_000 if quick else 1_000_000
+    in_dram = 2_000 if quick else 200_000  # a page of shared memory each
+    section = Section("index", f"The index at {million:,} chunks")
+    tiers: dict[memory.Tier, int] = {"ssd": million, "dram": in_dram}
+    for tier, chunks in tiers.items():
+        found = memory.measure(tier, chunks)
+        section.figures.append(
+            Figure(f"index, chunks on SSD{' and in DRAM' if tier == 'dram' else ''}", found["rss_bytes_per_chunk"],
+                   "bytes/chunk", at_most=_BYTES, note=f"{chunks:,} chunks, resident memory")
+        )  # fmt: skip
+        step()
+    section.figures += _start_ups(disk, million, step)
+    section.figures.append(_verification(256 if quick else 1024))
+    step()
+    grown = (500, 2_000) if quick else (1_000, 10_000, 100_000, 1_000_000)
+    decisions: dict[str, list[tuple[float, float]]] = {}
+    for chunks in grown:
+        for name, seconds in _decisions(chunks).items():
+            decisions.setdefault(name, []).append((chunks, seconds * 1e6))
+        step()
+    for name, points in decisions.items():
+        section.figures.append(
+            Figure(f"{name}, at {grown[-1]:,} chunks", points[-1][1], "us", points[0][1],
+                   f"at {grown[0]:,}", at_most=2.0, note="independent of the number of chunks: within twice")
+        )  # fmt: skip
+    section.series.append(Series("Time of a decision", "chunks in the store", "microseconds", decisions))
+    return section
 
 
-def _sent(page: list[SsdRecord]) -> list[SsdRecord]:
-    body = decode(encode(Frame("end", 1, SsdPage(tuple(page), more=True)))).body
-    assert isinstance(body, SsdPage)
-    return list(body.records)
+def _start_ups(disk: Path, chunks: int, step: Callable[[], None]) -> list[Figure]:
+    """From spawning the daemon until it serves and knows every chunk of both tiers, page cache dropped."""
+    with tempfile.TemporaryDirectory(prefix="ca-store-", dir=disk) as home:
+        stack = Stack(Path(home), "embedded", {"log_level": "warning", "dram": arena_bytes(chunks), "ssd": "64GiB"})
+        try:
+            empty = _start(stack, 0)
+            _end(stack)
+            make_database(stack.data_dir / "ssd", chunks)
+            step()
+            ssd = _start(stack, chunks, drop=True)
+            _end(stack)
+            step()
+            filled_arena(stack.run_dir / "arena", chunks).close()
+            step()
+            both = _start(stack, 2 * chunks, drop=True)
+            step()
+        finally:
+            stack.stop()
+    note = "from spawning the process; includes starting Python"
+    return [
+        Figure("start-up, nothing to adopt", empty, "s", note=note),
+        Figure(f"start-up, {chunks:,} chunks on SSD", ssd, "s", at_most=_SECONDS, note=note),
+        Figure(f"start-up, {chunks:,} chunks on SSD and in the arena", both, "s", at_most=_SECONDS, note=note),
+    ]
 
 
-def filled_arena(path: Path, chunks: int) -> Arena:
-    """An arena of `chunks` one-page slots, each READY with the chunk of the same place in `records`."""
-    arena = Arena.create(path, TINY, chunks * (TINY.slot_bytes + TINY.entry_bytes) + 2 * 4096)
-    assert arena.slots == chunks
-    checksum = layer_checksum(*arena.layer(0, 0, 1))
-    for slot, record in enumerate(records(chunks)):
-        arena.take(slot, SlotState.READY, ROOT)
-        arena.set_layer_ready(slot, 0, checksum)
-        arena.set_identity(slot, record.chunk_id, record.parent_id, record.namespace, 1)
-    return arena
+def _start(stack: Stack, chunks: int, *, drop: bool = False) -> float:
+    if drop:
+        drop_page_cache(stack.data_dir)
+    started = time.perf_counter()
+    stack.launch("kvdaemon")
+    stack.wait_ready("kvdaemon", _START_S)
+    while sum(v for k, v in stack.metrics("kvdaemon").items() if k.startswith("cachedattention_chunks{")) < chunks:
+        if time.perf_counter() - started > _START_S:
+            raise TimeoutError("the daemon never knew all chunks")
+        time.sleep(0.05)
+    return time.perf_counter() - started
 
 
-def fill(store: Store, tier: Tier, chunks: int, directory: Path) -> None:
-    """Give the store `chunks` chunks: on SSD only, or on SSD and in DRAM."""
-    if tier == "dram":
-        arena = filled_arena(directory / "arena", chunks)
+def _end(stack: Stack) -> None:
+    process = psutil.Process(stack.processes["kvdaemon"].pid)
+    process.terminate()
+    stack.processes["kvdaemon"].wait(60)
+
+
+def _verification(arena_mib: int) -> Figure:
+    """How fast adoption verifies an arena of chunks of real size."""
+    geometry = geometry_of(kv_shape(_MIB, 8))
+    with tempfile.TemporaryDirectory(prefix="ca-store-", dir="/dev/shm") as home:
+        arena = Arena.create(Path(home) / "arena", geometry, arena_mib * _MIB)
+        checksum = layer_checksum(*arena.layer(0, 0, geometry.chunk_tokens))
+        for slot in range(arena.slots):
+            arena.take(slot, SlotState.READY, ROOT)
+            for layer in range(geometry.layers):
+                arena.layer(slot, layer, geometry.chunk_tokens)[0][:] = 0
+                arena.set_layer_ready(slot, layer, checksum)
+            arena.set_identity(slot, new_id(), ROOT, ROOT, geometry.chunk_tokens)
+        started = time.perf_counter()
         findings = adoption.survey(arena)
-        store.bind(DramTier(arena, findings.occupied), findings.ready)
-    store.merge_listing(listing(chunks))
+        seconds = time.perf_counter() - started
+        assert len(findings.ready) == arena.slots
+        nbytes = arena.slots * geometry.slot_bytes
+        arena.close()
+    return Figure("adoption, 1 MiB layers", nbytes / seconds / 1e9, "GB/s", note="the arena is verified at this rate")
 
 
-def _measure_here(tier: Tier, chunks: int, directory: Path, *, by_line: bool) -> dict[str, Any]:
-    store = empty_store()
-    if tier == "dram":  # the arena is no part of the index
-        filled_arena(directory / "arena", chunks).close()
-    process = psutil.Process()
-    gc.collect()
-    before = process.memory_info().rss - _shared()
-    if by_line:
-        tracemalloc.start()
-    fill(store, tier, chunks, directory)
-    gc.collect()
-    found: dict[str, Any] = {"tier": tier, "chunks": chunks, "indexed": len(store.index)}
-    if by_line:
-        snapshot = tracemalloc.take_snapshot().filter_traces(
-            (tracemalloc.Filter(True, "*/kvdaemon/*"), tracemalloc.Filter(True, "*/protocol/*"))
-        )
-        found["by_line"] = {
-            f"{Path(s.traceback[0].filename).name}:{s.traceback[0].lineno}": round(s.size / chunks, 1)
-            for s in snapshot.statistics("lineno")[:12]
+def _decisions(chunks: int) -> dict[str, float]:
+    """Median seconds of one decision, its bookkeeping included, of a store with all slots full and everything clean."""
+    store = memory.empty_store()
+    with tempfile.TemporaryDirectory(prefix="ca-store-", dir="/dev/shm") as home:
+        arena = filled_arena(Path(home) / "arena", chunks)
+        findings = adoption.survey(arena)
+        dram = DramTier(arena, findings.occupied)
+        store.bind(dram, findings.ready)
+        listed = listing(chunks + 256)
+        store.merge_listing(listed)
+        absent = [record.chunk_id for record in listed[chunks:]]
+        reserved: list[ReservedSlot] = []
+
+        def reserve() -> None:
+            slots = store.reserve(_CLIENT, 1)
+            assert len(slots) == 1
+            reserved.extend(slots)
+
+        def prefetch() -> None:
+            assert len(store.plan_prefetch([absent], 4)) == 4
+
+        def evict() -> None:
+            assert len(store.evict_from_ssd(1, limit=64)) == 1
+
+        found = {
+            "evicting one chunk from DRAM for a save": _median(reserve, 50),
+            "prefetching 4 chunks into full DRAM": _median(prefetch, 40),
+            "evicting one chunk from SSD": _median(evict, 50),
         }
-        found["live_bytes_per_chunk"] = round(tracemalloc.get_traced_memory()[0] / chunks, 1)
-    else:
-        found["rss_bytes_per_chunk"] = round((process.memory_info().rss - _shared() - before) / chunks, 1)
+        arena.close()
     return found
 
 
-def _shared() -> int:
-    """Resident bytes of this process that are shared memory: mapped arenas."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssShmem:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def measure(tier: Tier, chunks: int, *, by_line: bool = False) -> dict[str, Any]:
-    """Bytes per chunk record, measured in a process of its own.
-
-    rss_bytes_per_chunk is what the process grew by, the listing itself gone. With by_line instead: what lives, by the
-    line that made it (several times slower and larger, so the two are never measured at once).
-    """
-    command = [sys.executable, "-m", "benchmarks.store.index", "--chunks", str(chunks), "--tier", tier, "--here"]
-    done = subprocess.run([*command, *(["--by-line"] if by_line else [])], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return measured
-
-
-def main(
-    chunks: Annotated[int, typer.Option(help="Chunk records.")] = 1_000_000,
-    tier: Annotated[Tier, typer.Option(help="ssd: records on SSD only; dram: in DRAM as well.")] = "ssd",
-    here: Annotated[bool, typer.Option(hidden=True)] = False,
-    by_line: Annotated[bool, typer.Option(help="What the bytes are, by line of code.")] = False,
-) -> None:
-    """Measure the memory of the index."""
-    if not here:
-        print(json.dumps(measure(tier, chunks, by_line=by_line), indent=1))
-        return
-    with tempfile.TemporaryDirectory(prefix="ca-index-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
-        print(json.dumps(_measure_here(tier, chunks, Path(home), by_line=by_line)))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _median(decide: Callable[[], None], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        decide()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

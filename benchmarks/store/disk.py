@@ -1,0 +1,83 @@
+"""What the disk gives when nothing stands between: O_DIRECT reads and writes of one size, one or several at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_FILL_BYTES = 16 * 2**20
+
+
+class DirectFile:
+    """A file on the disk to be measured, read and written past the page cache. One thread uses it.
+
+    Offsets move on with every call and begin again at the end of the file.
+    """
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Writes the file with noise. Raises OSError: the file system has no O_DIRECT, or no room."""
+        self._size_bytes = size_bytes
+        self._offset = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        fill = _aligned(_FILL_BYTES)
+        fill[:] = os.urandom(_FILL_BYTES)
+        for offset in range(0, size_bytes, _FILL_BYTES):
+            os.pwritev(self._fd, [memoryview(fill)[: min(_FILL_BYTES, size_bytes - offset)]], offset)
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def read(self, nbytes: int, piece_bytes: int, at_once: int = 1) -> float:
+        """Seconds to read nbytes, in pieces, `at_once` of them in flight."""
+        return self._move(os.preadv, nbytes, piece_bytes, at_once)
+
+    def write(self, nbytes: int, piece_bytes: int, at_once: int = 1) -> float:
+        """Seconds to write nbytes over what is there, down to the device."""
+        return self._move(os.pwritev, nbytes, piece_bytes, at_once, sync=True)
+
+    def _move(self, call: object, nbytes: int, piece_bytes: int, at_once: int, *, sync: bool = False) -> float:
+        assert callable(call)
+        offsets = [(self._offset + i) % self._size_bytes for i in range(0, nbytes, piece_bytes)]
+        self._offset = (self._offset + nbytes) % self._size_bytes
+        buffers = [_aligned(piece_bytes) for _ in range(at_once)]
+
+        def move(worker: int) -> None:
+            for offset in offsets[worker::at_once]:
+                if call(self._fd, [buffers[worker]], offset) != piece_bytes:
+                    raise OSError("a short transfer; the size is no multiple of the piece's")
+
+        with ThreadPoolExecutor(at_once) as pool:
+            started = time.perf_counter()
+            list(pool.map(move, range(at_once)))
+            if sync:
+                os.fdatasync(self._fd)
+            return time.perf_counter() - started
+
+
+def _aligned(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes)
+    memory[::4096] = bytes(len(range(0, nbytes, 4096)))
+    return memory
+
+
+@contextlib.contextmanager
+def direct_file(directory: Path, size_bytes: int) -> Iterator[DirectFile]:
+    path = directory / f"ca-direct-{os.getpid()}"
+    file = DirectFile(path, size_bytes)
+    try:
+        yield file
+    finally:
+        file.close()
+        path.unlink()
+
+
+def device_bytes(pid: int) -> tuple[int, int]:
+    """What a process has read from and written to devices so far."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(fields["read_bytes"]), int(fields["write_bytes"])
