@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.store import acquire, dram, index, ssd
-from benchmarks.store.figures import Section, plot, table
+from benchmarks.store import acquire, dram, index, peer, ssd
+from benchmarks.store.figures import Section, facts, plot, table
 from benchmarks.turns import _cpu
 
 Measure = Callable[[Path, bool, Callable[[], None]], Section]
@@ -30,6 +30,7 @@ SECTIONS: dict[str, Measure] = {
     "ssd": ssd.measure,
     "acquire": acquire.measure,
     "index": index.measure,
+    "peer": peer.measure,
 }
 
 
@@ -55,6 +56,7 @@ def main(
             section = SECTIONS[name](directory, quick, functools.partial(progress.advance, task))
         found.append(section)
         console.print(table(section))
+        console.print(facts(section))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         record = {

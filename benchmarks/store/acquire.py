@@ -7,18 +7,16 @@ blocking one. Rounds of a hundred alternate.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import zmq
 import zmq.asyncio
 
+from benchmarks.store.echo import echo_server
 from benchmarks.store.engine import EngineSide, engine_side, kv_shape, running_daemon, save_contexts
 from benchmarks.store.figures import Figure, Section
 from protocol.codec import Frame, decode, encode
@@ -37,8 +35,8 @@ def measure(disk: Path, quick: bool, step: Callable[[], None]) -> Section:
     with (
         running_daemon(disk, dram="32MiB", ssd="0") as stack,
         engine_side(stack, shape, CHUNKS * 256) as side,
-        _echo(stack.run_dir / "echo-blocking.sock", blocking=True) as blocking_at,
-        _echo(stack.run_dir / "echo-asyncio.sock", blocking=False) as asyncio_at,
+        echo_server(stack.run_dir / "echo-blocking.sock", blocking=True) as blocking_at,
+        echo_server(stack.run_dir / "echo-asyncio.sock", blocking=False) as asyncio_at,
     ):
         context = save_contexts(side, 1, CHUNKS)[0]
         request = Acquire(new_id(), side.namespace, tuple(context.chunk_ids))
@@ -119,40 +117,3 @@ def _blocking_round(socket: zmq.Socket[bytes], data: bytes, calls: int) -> list[
         socket.recv()
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-@contextlib.contextmanager
-def _echo(path: Path, *, blocking: bool) -> Iterator[str]:
-    """An echo server in a process of its own."""
-    endpoint = f"ipc://{path}"
-    target = _serve_blocking if blocking else _serve_asyncio
-    process = multiprocessing.get_context("spawn").Process(target=target, args=(endpoint,), daemon=True)
-    process.start()
-    deadline = time.monotonic() + 60.0
-    while not path.exists():
-        if time.monotonic() > deadline or not process.is_alive():
-            raise RuntimeError("the echo server does not start")
-        time.sleep(0.01)
-    try:
-        yield endpoint
-    finally:
-        process.terminate()
-        process.join(10)
-
-
-def _serve_blocking(endpoint: str) -> None:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    with socket:
-        socket.bind(endpoint)
-        while True:
-            socket.send_multipart(socket.recv_multipart())
-
-
-def _serve_asyncio(endpoint: str) -> None:
-    async def serve() -> None:
-        with zmq.asyncio.Context.instance().socket(zmq.ROUTER) as socket:
-            socket.bind(endpoint)
-            while True:
-                await socket.send_multipart(await socket.recv_multipart())
-
-    asyncio.run(serve())

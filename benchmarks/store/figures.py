@@ -157,8 +157,14 @@ def table(section: Section) -> Table:
             "" if figure.ratio is None else f"[{colour}]{figure.ratio:.2f}[/]",
             f"[{colour}]{figure.bound}[/]",
         )
+    return found
+
+
+def facts(section: Section) -> Table:
+    """The section's outcomes that are no numbers."""
+    found = Table.grid(padding=(0, 2))
     for name, fact in section.facts.items():
-        found.add_row(name, fact, "", "", "", "")
+        found.add_row(name, fact)
     return found
 
 
