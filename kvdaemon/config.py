@@ -15,7 +15,8 @@ class KvDaemonConfig:
     """run_dir: a directory on tmpfs, for the arena, sockets and client locks. data_dir: a directory on disk.
 
     dram_bytes: size of the arena. ssd_bytes: physical bytes RocksDB may take; 0 switches the SSD tier off.
-    verify: which resident chunks readers are asked to check against their checksums.
+    verify: which resident chunks readers are asked to check against their checksums. scrub_bytes_per_s: how fast
+    chunks in DRAM are verified in the background; 0: not at all.
     """
 
     run_dir: Path
@@ -24,6 +25,7 @@ class KvDaemonConfig:
     dram_bytes: int
     ssd_bytes: int
     verify: Literal["sample", "always"] = "sample"
+    scrub_bytes_per_s: int = 32 * 1024 * 1024
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9102
     curve: Curve | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
+from collections.abc import Collection, Iterator
 
 from kvdaemon.ssd.client import SsdLink
 from monitoring.logs import get_logger
@@ -40,6 +41,9 @@ class _Shelf:
         if manifest is not None:
             self._items.move_to_end(turn_key)
         return manifest
+
+    def __iter__(self) -> Iterator[Manifest]:
+        return iter(self._items.values())
 
     def oldest(self) -> Manifest | None:
         return next(iter(self._items.values()), None)
@@ -76,6 +80,9 @@ class ManifestStore:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._putting = asyncio.Lock()  # held while one is on its way to the SSD
+        self._withheld: frozenset[bytes] = frozenset()  # turn keys being erased
+        self._watchers: list[list[Manifest]] = []
 
     def __len__(self) -> int:
         """In memory."""
@@ -88,6 +95,8 @@ class ManifestStore:
 
     async def get(self, turn_key: bytes) -> ManifestReply:
         """Never fails and never takes long: a manifest that cannot be had now is a miss."""
+        if turn_key in self._withheld:
+            return ManifestReply(None, "manifest_lost")
         manifest = self._memory.get(turn_key) or self._waiting.get(turn_key)
         if manifest is not None:
             return ManifestReply(manifest)
@@ -97,6 +106,8 @@ class ManifestStore:
             reply = await self._ssd.get_manifest(turn_key, _LOOKUP_S)
         except PeerError:
             return ManifestReply(None, "manifest_lost")
+        if turn_key in self._withheld:  # since we asked
+            return ManifestReply(None, "manifest_lost")
         if reply.manifest is not None:
             self._memory.put(reply.manifest)
         return reply
@@ -104,6 +115,8 @@ class ManifestStore:
     async def save(self, manifest: Manifest, wait_s: float) -> None:
         """Keep a manifest; wait a little for it to reach the SSD."""
         self._memory.put(manifest)
+        for saved in self._watchers:
+            saved.append(manifest)
         if self._ssd is None:
             return
         dropped = self._waiting.put(manifest)
@@ -122,16 +135,52 @@ class ManifestStore:
         """Bring waiting manifests to the SSD, for ever."""
         assert self._ssd is not None
         while True:
-            manifest = self._waiting.oldest()
-            if manifest is None:
+            if self._waiting.oldest() is None:
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             try:
-                await self._ssd.put_manifest(manifest)
+                async with self._putting:
+                    manifest = self._waiting.oldest()
+                    if manifest is None:
+                        continue
+                    await self._ssd.put_manifest(manifest)
             except (PeerError, CapacityError):
                 await asyncio.sleep(_RETRY_S)
                 continue
             if self._waiting.get(manifest.turn_key) is manifest:  # and not a newer one of the same turn
                 self._waiting.pop(manifest.turn_key)
+
+    # -- for listing and erasing ----------------------------------------------------------------------------
+
+    def in_memory(self) -> dict[bytes, Manifest]:
+        """By turn key: all that are in memory, whether on SSD too or not."""
+        return {manifest.turn_key: manifest for shelf in (self._memory, self._waiting) for manifest in shelf}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[Manifest]]:
+        """A list to which every manifest is added that is saved meanwhile."""
+        saved: list[Manifest] = []
+        self._watchers.append(saved)
+        try:
+            yield saved
+        finally:
+            self._watchers.remove(saved)
+
+    @contextlib.contextmanager
+    def withholding(self, turn_keys: Collection[bytes]) -> Iterator[None]:
+        """Turns that are being erased: nobody gets their manifests meanwhile, nor does a lookup under way keep one."""
+        self._withheld |= frozenset(turn_keys)
+        try:
+            yield
+        finally:
+            self._withheld -= frozenset(turn_keys)
+
+    async def forget(self, turn_keys: Collection[bytes]) -> None:
+        """Drop manifests from memory, and wait until none of them is on its way to the SSD any more."""
+        for turn_key in turn_keys:
+            self._memory.pop(turn_key)
+            self._waiting.pop(turn_key)
+        async with self._putting:
+            pass

@@ -10,12 +10,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from kvdaemon import adoption
+from kvdaemon.catalog import Catalog
 from kvdaemon.config import KvDaemonConfig
 from kvdaemon.dram import DramTier
+from kvdaemon.erasure import Eraser
 from kvdaemon.fetch import Fetcher
 from kvdaemon.manifests import ManifestStore
 from kvdaemon.placement.lru import LeastRecentlyUsed
 from kvdaemon.prefetch import Prefetcher
+from kvdaemon.scrub import Scrubber
 from kvdaemon.ssd.client import SsdLink
 from kvdaemon.store import MAX_LEASE_MS, Store, intact
 from kvdaemon.write_behind import WriteBehind
@@ -29,10 +32,19 @@ from protocol.messages import (
     Ack,
     Acquire,
     Acquired,
+    ChunkPlaces,
     Commit,
     Committed,
+    DescribeStore,
+    Erase,
+    ErasureReceipt,
+    FindTurns,
+    FoundTurns,
     GetManifest,
     GetStatus,
+    ListManifests,
+    LocateChunks,
+    ManifestPage,
     ManifestReply,
     OpenStore,
     Quarantine,
@@ -41,7 +53,10 @@ from protocol.messages import (
     Reserve,
     Reserved,
     SaveManifest,
+    ScrubReport,
+    ScrubStore,
     SsdRecord,
+    StoreDescription,
     StoreOpened,
     StoreStatus,
     TierStatus,
@@ -69,7 +84,7 @@ class KvDaemon:
         self._locks = contextlib.ExitStack()
         self._clients: set[bytes] = set()  # that opened the store
         self._opening = asyncio.Lock()  # the arena is being replaced, or must not be
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._phase: Literal["starting", "serving", "stopping"] = "starting"
         self._arena_problem = ""
         self._arena_failed_s = float("-inf")
@@ -88,6 +103,12 @@ class KvDaemon:
         self.write_behind = (
             WriteBehind(self.store, self.ssd, config.ssd_bytes, self.metrics) if self.ssd is not None else None
         )
+        self.catalog = Catalog(self.store, self.manifests, self.ssd)
+        self.scrubber = Scrubber(self.store, self.ssd, self.metrics, self._opening, config.scrub_bytes_per_s)
+        self.eraser = Eraser(
+            *(self.store, self.manifests, self.catalog, self.ssd, self._opening),
+            put_aside=lambda: config.data_dir.glob("ssd.damaged-*"),
+        )
         self._status_server: StatusServer | None = None
         self._server = RpcServer(
             config.endpoint,
@@ -104,6 +125,12 @@ class KvDaemon:
                 Commit: self._commit,
                 QueueOrder: self._queue_order,
                 GetStatus: self._get_status,
+                DescribeStore: self._describe_store,
+                FindTurns: self._find_turns,
+                ListManifests: self._list_manifests,
+                LocateChunks: self._locate_chunks,
+                ScrubStore: self._scrub_store,
+                Erase: self._erase,
             },
             curve=config.curve,
             on_peer_lost=self._peer_lost,
@@ -150,6 +177,8 @@ class KvDaemon:
             raise
         self._keep(self._sweep)
         self._keep(self.prefetcher.run)
+        self._keep(self.scrubber.run)
+        self._keep(self.eraser.run)
         if self.write_behind is not None:
             self._keep(self.write_behind.run)
             self._keep(self.write_behind.keep_cap)
@@ -223,7 +252,7 @@ class KvDaemon:
 
         self._track(asyncio.ensure_future(guarded()))
 
-    def _track(self, task: asyncio.Task[None]) -> None:
+    def _track(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -295,6 +324,8 @@ class KvDaemon:
         reply, reads = self.store.acquire(self._opened_by(call), request, time.monotonic())
         if reads:
             self.fetcher.start(reads)
+        if call.peer.role != "cli":  # an export is no turn
+            self.catalog.hits.note(reply)
         return reply
 
     async def _release(self, call: Call, request: Release) -> Ack:
@@ -347,6 +378,29 @@ class KvDaemon:
             reserved_slots=self._reserved_slots(),
             manifests=len(self.manifests),
         )
+
+    # -- requests of the command line -------------------------------------------------------------------------
+
+    async def _describe_store(self, call: Call, request: DescribeStore) -> StoreDescription:
+        return await self.catalog.describe()
+
+    async def _find_turns(self, call: Call, request: FindTurns) -> FoundTurns:
+        return await self.catalog.find(request.prefix, request.limit)
+
+    async def _list_manifests(self, call: Call, request: ListManifests) -> ManifestPage:
+        return await self.catalog.page(request.after, request.limit_bytes)
+
+    async def _locate_chunks(self, call: Call, request: LocateChunks) -> ChunkPlaces:
+        return ChunkPlaces(tuple(self.catalog.locate(chunk_id) for chunk_id in request.chunk_ids))
+
+    async def _scrub_store(self, call: Call, request: ScrubStore) -> ScrubReport:
+        return await self.scrubber.everything(call.send)
+
+    async def _erase(self, call: Call, request: Erase) -> ErasureReceipt:
+        # To its end, whether or not anybody waits for the receipt; it is in the log too.
+        task = asyncio.ensure_future(self.eraser.erase(request.turn_key))
+        self._track(task)
+        return await asyncio.shield(task)
 
     # -- clients, time, health --------------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ class KvDaemonMetrics:
             ["where"],
             registry=registry,
         )
+        self._scrubbed = Counter(
+            "cachedattention_scrubbed_bytes_total",
+            "KV bytes read by the scrub and compared with their checksums",
+            ["tier"],
+            registry=registry,
+        )
         self._revoked = Counter(
             "cachedattention_lease_revoked_total", "Leases ended by time or by their holder's death", registry=registry
         )
@@ -69,6 +75,9 @@ class KvDaemonMetrics:
     def corrupt(self, where: str, count: int = 1) -> None:
         """where: "dram", "ssd", "adoption", "arena" or "ssd_database"."""
         self._corrupt.labels(where).inc(count)
+
+    def scrubbed(self, tier: str, size_bytes: int) -> None:
+        self._scrubbed.labels(tier).inc(size_bytes)
 
     def lease_revoked(self, count: int) -> None:
         self._revoked.inc(count)

@@ -514,8 +514,9 @@ class ErasureReceipt:
     """What was removed from which tier, and what could not be.
 
     shared_chunks: of the erased contexts, kept because other contexts need them. wiped_bytes: overwritten with zeros in
-    the arena: the chunks' slots and whatever earlier chunks had left in unused memory. ssd_physical: bytes of
-    the database's files before, and after the compaction that followed.
+    the arena: the chunks' slots, and whatever earlier chunks had left in memory that is in no use. deferred_slots: in
+    the hands of clients just now; what is left in them is overwritten when they are filled or come back. ssd_physical:
+    bytes of the database's files before, and after the compaction that followed.
     """
 
     turn_keys: tuple[Id, ...]
@@ -529,6 +530,7 @@ class ErasureReceipt:
     ssd_physical_after: Count
     shared_chunks: Count
     leases_revoked: Count
+    deferred_slots: Count
     left: tuple[Str, ...] = ()  # one sentence for each thing that may still be somewhere
 
 

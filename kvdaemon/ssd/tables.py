@@ -40,7 +40,6 @@ _MIB = 1024 * 1024
 _MEMTABLE_BYTES = 8 * _MIB  # at most four per column family, of which only `layers` ever fills one
 _BLOCK_CACHE_BYTES = 4 * _MIB  # index and filter blocks and records; layers are read once and copied to the arena
 _OPEN_FILES = 256
-_BOTTOM_LEVEL = 6  # of RocksDB's seven; nothing lies below it that a deletion there could hide
 _PLACE = struct.Struct(f">Q{ID_BYTES}sH")
 _SAVED_AT = struct.Struct(">d")
 _FAMILIES = ("layers", "chunks", "manifests")
@@ -258,22 +257,29 @@ class Tables:
         by_file = itertools.groupby(found, key=lambda item: bisect.bisect_right(starts, item[0]))
         return [[record for _, record in group] for _, group in by_file], damaged
 
-    def compact_deletions(self) -> None:
+    def compact_layers(self) -> None:
         """Rewrite the layers' files in which something was deleted and flushed. As `compact`, where that is little."""
-        for file in self._layer_files():
-            if file["num_deletions"] and file["level"] < _BOTTOM_LEVEL:
-                with _translated():
-                    self._layers.compact_range(bytes(file["start_key"]), bytes(file["end_key"]))
+        self._compact_deletions([self._layers], self._layer_files())
+
+    def compact_records(self) -> None:
+        """The same for records and manifests, whose keys do not tell one from the other."""
+        files = [file for file in self._db.live_files() if len(file["start_key"]) == ID_BYTES]
+        self._compact_deletions([self._chunks, self._manifests], files)
+
+    def _compact_deletions(self, families: Sequence[rocksdict.Rdict], files: Sequence[dict[str, Any]]) -> None:
+        ranges: list[tuple[bytes, bytes]] = []
+        for first, last in sorted((f["start_key"], f["end_key"]) for f in files if f["num_deletions"]):
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
+            else:
+                ranges.append((first, last))
+        for family, (first, last) in itertools.product(families, ranges):
+            with _translated():
+                family.compact_range(first, last, _rewriting())
 
     def _layer_files(self) -> list[dict[str, Any]]:
         """RocksDB's description of its table files, of the layers' family: their keys alone have this length."""
         return [file for file in self._db.live_files() if len(file["start_key"]) == _PLACE.size]
-
-    def compact_records(self) -> None:
-        """Rewrite records and manifests without what was deleted and flushed. As `compact`."""
-        with _translated():
-            for family in (self._chunks, self._manifests):
-                family.compact_range(None, None)
 
     def physical_bytes(self) -> int:
         """What the database takes on the disk, garbage not yet compacted included."""
@@ -312,6 +318,17 @@ def _options() -> rocksdict.Options:
     table.set_block_cache(rocksdict.Cache(_BLOCK_CACHE_BYTES))
     table.set_bloom_filter(10, False)
     options.set_block_based_table_factory(table)
+    return options
+
+
+def _rewriting() -> rocksdict.CompactOptions:
+    """Compaction that rewrites files of the bottom level too.
+
+    A table of one deleted key, and one that begins with that key, do not overlap for RocksDB: by default it moves both
+    to the bottom as they are, and the deleted value stays in its file for good.
+    """
+    options = rocksdict.CompactOptions()
+    options.set_bottommost_level_compaction(rocksdict.BottommostLevelCompaction.force_optimized())
     return options
 
 

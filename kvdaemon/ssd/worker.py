@@ -414,7 +414,6 @@ class SsdWorker:
                 damaged.append(record.chunk_id)
         if damaged:
             log.error("damaged chunks on SSD are deleted", chunks=[chunk_id.hex() for chunk_id in damaged])
-            self._corrupt_records += len(damaged)
             await self._forget(damaged)
         is_end = checked == len(found) < _SCRUB_PAGE
         return SsdScrubbed(checked, size, tuple(damaged), b"" if is_end else last)
@@ -452,13 +451,13 @@ class SsdWorker:
         """Delete and compact, by the files that hold the chunks. Manifests last: while they are there, an erasure
         that broke off can be asked for again."""
         tables = self._tables
-        before = tables.physical_bytes()
         async with self._turns.turn(BACKGROUND):
             groups, unplaced = await self._in_thread(lambda: tables.group_by_file(request.chunk_ids))
+        before = tables.physical_bytes()  # everything is in files now
         for group in [*groups, []]:  # the last time for what was deleted earlier and never compacted
             doomed = [record.chunk_id for record in group] or unplaced
             await self._delete_and_flush(partial(tables.delete_chunks, doomed), call.deadline_s)
-            await self._compact(tables.compact_deletions)
+            await self._compact(tables.compact_layers)
 
         def delete_manifests() -> int:
             there = [turn_key for turn_key in request.turn_keys if tables.has_manifest(turn_key)]

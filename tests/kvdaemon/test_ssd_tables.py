@@ -233,7 +233,7 @@ def test_what_is_deleted_and_compacted_is_in_no_file(tmp_path: Path) -> None:
     for group in groups:
         tables.delete_chunks([found.chunk_id for found in group])
         tables.flush()
-        tables.compact_deletions()
+        tables.compact_layers()
     kept = files & {path.name for path in tables.path.glob("*.sst")}
     assert len(kept) > len(files) / 2
     for victim in victims:
@@ -262,7 +262,19 @@ def test_a_chunk_evicted_long_before_leaves_no_bytes_either(tmp_path: Path) -> N
     tables.delete_chunks([bytes([7]) * 16])
     tables.flush()
     assert occurrences(tables.path, b"ERASED") == 3
-    tables.compact_deletions()
+    tables.compact_layers()
+    assert occurrences(tables.path, b"ERASED") == 0
+    tables.close()
+
+
+def test_the_only_manifest_leaves_no_bytes(tmp_path: Path) -> None:
+    """RocksDB's default compaction would move the table with the value and the one with its deletion side by side."""
+    tables = Tables(tmp_path / "ssd")
+    tables.put_manifest(manifest(b"a" * 16, text="ERASED"))
+    tables.flush()
+    tables.delete_manifest(b"a" * 16)
+    tables.flush()
+    tables.compact_records()
     assert occurrences(tables.path, b"ERASED") == 0
     tables.close()
 
