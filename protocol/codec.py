@@ -37,12 +37,14 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
+@cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def _as_map(value: Any) -> dict[str, Any]:
+    """What MessagePack makes of a message: called for whatever it does not know. Raises TypeError: not a dataclass."""
+    return {name: getattr(value, name) for name in _field_names(type(value))}
 
 
 def encode(frame: Frame) -> bytes:
@@ -52,11 +54,11 @@ def encode(frame: Frame) -> bytes:
         packed["b"] = frame.body
     elif frame.body is not None:
         packed["t"] = messages.tag_of(type(frame.body))
-        packed["b"] = _plain(frame.body)
+        packed["b"] = frame.body
     if frame.deadline_ms:
         packed["d"] = frame.deadline_ms
     # surrogatepass on both sides: a lone surrogate in a client's JSON is ugly, not a reason to lose the turn.
-    data = msgpack.packb(packed, use_bin_type=True, unicode_errors="surrogatepass")
+    data = msgpack.packb(packed, default=_as_map, use_bin_type=True, unicode_errors="surrogatepass")
     if len(data) > MAX_FRAME_BYTES:
         raise PeerProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
     return bytes(data)
