@@ -5,6 +5,7 @@ What must be found again (names, values) is never misspelt; a person who writes 
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,16 +62,43 @@ class Typist:
     lower_case: bool
     slips: float  # probability that a message has a slip
     bare: float  # probability that a message ends without its punctuation
+    american: bool = False  # "favorite color"
+    contracting: float = 0.0  # probability of "I'm" and "what's"
+    apostrophes: bool = True  # or "im" and "whats"
 
     @staticmethod
     def meet(rng: Random) -> Typist:
         """Most people type well."""
         careless = rng.random() < 0.3
-        return Typist(lower_case=rng.random() < 0.12, slips=0.2 if careless else 0.03, bare=0.5 if careless else 0.05)
+        return Typist(
+            lower_case=rng.random() < 0.12,
+            slips=0.2 if careless else 0.03,
+            bare=0.5 if careless else 0.05,
+            american=rng.random() < 0.3,
+            contracting=rng.choice((0.0, 0.0, 0.5, 0.9)),
+            apostrophes=not careless or rng.random() < 0.6,
+        )
 
     def value(self, text: str) -> str:
         """A name or value as this person writes it."""
         return text.lower() if self.lower_case else text
+
+    def spelling(self, text: str) -> str:
+        """Words that are no name or value, as this person spells them."""
+        return _BRITISH.sub(lambda found: _AMERICAN[found[0]], text) if self.american else text
+
+    def contracted(self, text: str, rng: Random) -> str:
+        """ "I'm" for "I am", now and then."""
+        if rng.random() >= self.contracting:
+            return text
+        return _LONG.sub(lambda found: found[1] + (_SHORT if self.apostrophes else _BARE)[found[2]], text)
+
+
+_AMERICAN = {"favourite": "favorite", "colour": "color", "travelling": "traveling", "practise": "practice"}
+_BRITISH = re.compile("|".join(_AMERICAN))
+_LONG = re.compile(r"\b(I|[Ww]hat|[Ww]here|[Ww]ho|[Ww]hen|[Hh]ow|[Hh]e|[Ss]he|[Ii]t|[Tt]hat)( am| is)(?= )")
+_SHORT = {" am": "'m", " is": "'s"}
+_BARE = {" am": "m", " is": "s"}
 
 
 def fill(template: str, slots: Mapping[str, str]) -> str:
@@ -80,14 +108,14 @@ def fill(template: str, slots: Mapping[str, str]) -> str:
 
 def say(template: str, slots: Mapping[str, str], typist: Typist, rng: Random, opener: str = "") -> str:
     """The template as `typist` types it: one message, or one sentence of it."""
-    pieces = [(opener, False), *_pieces(template, slots)]
+    pieces = [(opener, False), *_pieces(typist.spelling(template), slots)]
     if not opener and not typist.lower_case:
         pieces = _capitalized(pieces)
     if typist.lower_case:
         pieces = [(text if slot else text.lower(), slot) for text, slot in pieces]
     if rng.random() < typist.slips:
         pieces = _with_slip(pieces, rng)
-    text = "".join(text for text, _ in pieces)
+    text = typist.contracted("".join(text for text, _ in pieces), rng)
     return text.rstrip(".?!") if rng.random() < typist.bare else text
 
 

@@ -26,7 +26,19 @@ from inference.embedded.documents import (
     place_name,
     write,
 )
-from inference.embedded.facts import KINDS, NAME, RELATION, Kind, Subject, Wording, Wordings
+from inference.embedded.facts import (
+    HE,
+    KINDS,
+    NAME,
+    RELATION,
+    SHE,
+    Kind,
+    Pronoun,
+    Subject,
+    Wording,
+    Wordings,
+    open_kind,
+)
 from inference.embedded.phrasing import CORRECTIONS, OPENERS, QUESTION_OPENERS, Typist, fill, say
 from inference.embedded.small_talk import exchange
 from inference.embedded.template import MESSAGE_TOKENS, SYSTEM_PROMPT
@@ -39,15 +51,24 @@ _OTHER_SYSTEM_PROMPTS = (
     "Be friendly and short.",
 )
 _LISTS = Wording(
-    ("what do you know about {O}?", "list everything I told you about {O}.", "what have I told you about {O}?"),
+    (
+        *("what do you know about {O}?", "list everything I told you about {O}.", "what have I told you about {O}?"),
+        *("what do you remember about {O}?", "tell me about {O}.", "tell me everything about {O}."),
+        *("what did I tell you about {O}?", "do you remember anything about {O}?", "what did I say about {O}?"),
+    ),
     ("give me all facts about {O}.", "sum up what I said about {O}."),
 )
 _WHO = Wording(
-    ("who have I told you about?", "list all people I told you about.", "which people do you know?"),
+    (
+        *("who have I told you about?", "list all people I told you about.", "which people do you know?"),
+        *("who do you know?", "who did I mention?", "which people did I tell you about?"),
+    ),
     ("name everyone I mentioned.",),
 )
 _JOINS = (" and ", ", and ", ". ", "; ")
 _LONGEST_LIST = 5  # facts; a longer list is not asked for
+_OPEN = 0.12  # share of facts with a noun of the visitor's own
+_PRONOUNS = 0.4  # how often somebody just spoken of is "she" or "he"
 _ATTEMPTS = 12  # turns that did not fit or could not be made, before a conversation is over
 
 
@@ -95,6 +116,7 @@ class _Told:
 
 
 _Key = tuple[Subject, str]  # whom, and the noun of the kind
+_NOUNS = {kind.noun for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,7 @@ class _Draft:
     told: tuple[tuple[_Key, _Told], ...] = ()  # `at` is filled in when the turn is taken
     mentioned: tuple[_Key, ...] = ()
     documents: tuple[Document, ...] = ()
+    about: Subject | None = None  # the one whom the turn is about, and whom the next may call "she"
 
 
 def converse(rng: Random, window: int, count: Callable[[str], int], wordings: Wordings = "training") -> Conversation:
@@ -131,6 +154,8 @@ class _Person:
         self._turns: list[Turn] = []
         people = rng.randint(1, 3 + window // 256)
         self._subjects = [Subject("me"), *(self._stranger() for _ in range(people))]
+        self._pronouns: dict[Subject, Pronoun] = {}
+        self._about: Subject | None = None  # the last turn's
         # Some tell much at first and ask later, so that facts lie far back; others mix.
         self._early_bird = rng.random() < 0.6
         self._eagerness = rng.uniform(0.25, 0.5)  # share of turns that tell, for those who mix
@@ -151,17 +176,17 @@ class _Person:
             changes = self._facts and self._rng.random() < 0.22
             return self._change_fact() if changes else self._tell_facts()
         draw = self._rng.random()
-        if draw < 0.08:
+        if draw < 0.14:
             return self._small_talk()
-        if draw < 0.13:
+        if draw < 0.18:
             return self._ask_list()
-        if draw < 0.16:
+        if draw < 0.20:
             return self._ask_who()
-        if draw < 0.36:
+        if draw < 0.38:
             return self._ask_not_told()
-        if self._reader and draw < 0.46:
+        if self._reader and draw < 0.48:
             return self._read()
-        if self._documents and draw < 0.58:
+        if self._documents and draw < 0.60:
             return self._ask_document()
         return self._ask_fact()
 
@@ -179,6 +204,7 @@ class _Person:
             self._facts[key] = replace(self._facts[key], at=answer_message_at)
         self._documents += [(document, self._at) for document in draft.documents]
         self._at = end
+        self._about = draft.about
         return True
 
     # --- telling ---
@@ -202,19 +228,22 @@ class _Person:
         rng = self._rng
         facts: dict[_Key, _Told] = {}
         sentences: list[str] = []
+        about = self._about
         for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
-            subject = rng.choice(self._subjects)
-            kind = rng.choice(KINDS)
+            subject = about if about and rng.random() < 0.3 else rng.choice(self._subjects)
+            kind = self._any_kind()
             key = (subject, kind.noun)
             if subject.form not in kind.forms or key in self._facts or key in facts:
                 continue
             value = self._value(kind)
             if value is None:
                 continue
-            slots = {**subject.in_words_of_user(), "v": value}
+            slots = {**self._spoken_of(subject, about), "v": value}
+            named = slots["S"] == subject.text
+            about = subject
             relation_key = (subject, RELATION.noun)
             told_relation = relation_key in self._facts or relation_key in facts or kind is RELATION
-            if subject.form == "name" and not told_relation and rng.random() < 0.3:
+            if named and subject.form == "name" and not told_relation and rng.random() < 0.3:
                 relation = self._value(RELATION)
                 if relation is not None:  # "My sister Anna lives in Rome"
                     facts[relation_key] = _Told(RELATION, relation, 0, 0)
@@ -225,7 +254,24 @@ class _Person:
             return None
         user = rng.choice(_JOINS).join(sentences) + self._full_stop()
         answer = f"Noted: {'; '.join(_clause(s, t) for (s, _), t in facts.items())}."
-        return _Draft(user, answer, AnswerKind.ACKNOWLEDGEMENT, told=tuple(facts.items()))
+        only = about if about and all(subject == about for subject, _ in facts) else None
+        return _Draft(user, answer, AnswerKind.ACKNOWLEDGEMENT, told=tuple(facts.items()), about=only)
+
+    def _any_kind(self) -> Kind:
+        if self._rng.random() >= _OPEN:
+            return self._rng.choice(KINDS)
+        noun = words.any_noun(self._rng)
+        return open_kind(noun) if noun not in _NOUNS else self._any_kind()
+
+    def _spoken_of(self, subject: Subject, about: Subject | None) -> dict[str, str]:
+        """The user's slots for `subject`: a pronoun now and then, if they are whom it was about just before."""
+        rng = self._rng
+        if subject.form == "me" or subject != about or rng.random() >= _PRONOUNS:
+            return subject.in_words_of_user()
+        if subject not in self._pronouns:
+            hers, his = subject.text in words.HERS, subject.text in words.HIS
+            self._pronouns[subject] = SHE if hers else HE if his else rng.choice((SHE, HE))
+        return Subject.as_pronoun(self._pronouns[subject])
 
     def _change_fact(self) -> _Draft | None:
         """A new value of a fact told before, mostly said to be a change."""
@@ -235,7 +281,7 @@ class _Person:
         value = self._value(old.kind)
         if value is None or value == old.value:
             return None
-        slots = {**subject.in_words_of_user(), "v": value}
+        slots = {**self._spoken_of(subject, self._about), "v": value}
         if rng.random() < 0.25:
             template = rng.choice((f"{{P}} {noun} is now {{v}}", f"{{P}} {noun} has changed to {{v}}"))
             user = say(template, slots, self._typist, rng)
@@ -246,7 +292,7 @@ class _Person:
             user = self._statement(old.kind, slots, first=True)
         told = _Told(old.kind, value, old.updates + 1, 0)
         answer = f"Updated: {_clause(subject, told)}."
-        return _Draft(user + self._full_stop(), answer, AnswerKind.ACKNOWLEDGEMENT, told=((key, told),))
+        return _Draft(user + self._full_stop(), answer, AnswerKind.ACKNOWLEDGEMENT, told=((key, told),), about=subject)
 
     def _value(self, kind: Kind) -> str | None:
         """A value of `kind`. None: a name or relation that already stands for somebody."""
@@ -285,10 +331,10 @@ class _Person:
             return None
         subject, _ = key = self._some_fact()
         told = self._facts[key]
-        user = self._question(told.kind.questions, subject.in_words_of_user())
+        user = self._question(told.kind.questions, self._spoken_of(subject, self._about))
         answer = f"You told me that {_clause(subject, told)}."
         kind = AnswerKind.UPDATED if told.updates else AnswerKind.RECALL
-        return _Draft(user, answer, kind, recalled=told.at, mentioned=(key,))
+        return _Draft(user, answer, kind, recalled=told.at, mentioned=(key,), about=subject)
 
     def _ask_not_told(self) -> _Draft | None:
         """Mostly a kind of fact that was told of others, about somebody known: the hardest to deny."""
@@ -304,12 +350,12 @@ class _Person:
             return _Draft(user, f"{NOT_TOLD} {fill(prop.lacking, {'S': document.subject})}.", AnswerKind.NOT_TOLD)
         subject = rng.choice(self._subjects) if rng.random() < 0.75 else self._stranger()
         kinds = [told.kind for told in self._facts.values()] if rng.random() < 0.6 else list(KINDS)
-        kind = rng.choice(kinds or KINDS)
+        kind = rng.choice(kinds) if kinds and rng.random() > _OPEN else self._any_kind()
         if subject.form not in kind.forms or (subject, kind.noun) in self._facts:
             return None
-        user = self._question(kind.questions, subject.in_words_of_user())
+        user = self._question(kind.questions, self._spoken_of(subject, self._about))
         answer = f"{NOT_TOLD} {fill(kind.lacking, subject.in_words_of_assistant())}."
-        return _Draft(user, answer, AnswerKind.NOT_TOLD)
+        return _Draft(user, answer, AnswerKind.NOT_TOLD, about=subject)
 
     def _ask_list(self) -> _Draft | None:
         subject = self._rng.choice(self._subjects) if self._rng.random() < 0.9 else self._stranger()
@@ -334,7 +380,8 @@ class _Person:
 
     def _small_talk(self) -> _Draft:
         user, answer = exchange(self._rng, self._wordings)
-        return _Draft(self._typist.value(user), answer, AnswerKind.SMALL_TALK)
+        typist = self._typist
+        return _Draft(typist.contracted(typist.value(user), self._rng), answer, AnswerKind.SMALL_TALK)
 
     # --- documents ---
 

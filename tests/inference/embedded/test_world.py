@@ -27,9 +27,9 @@ def clauses(answer: str) -> list[str]:
 
 
 # What the assistant says of each kind of fact, up to the value: "Anna lives in " names one fact of one person.
-_SUBJECT = r"(?P<subject>you|your [a-z ]+?|[A-Z][a-z]+|[a-z]+)"
+_SUBJECT = r"(?P<subject>you|your [a-z -]+?|[A-Z][a-z]+|[a-z]+)"
 _SLOTS = {"S": _SUBJECT, "s": "s?", "es": "(?:es)?", "is": "(?:is|are)", "have": "(?:has|have)", "v": "(?P<value>.+)"}
-_POSSESSIVE = r"(?:(?P<me>your)|(?P<subject>your [a-z ]+?|[A-Za-z]+)'s)"
+_POSSESSIVE = r"(?:(?P<me>your)|(?P<subject>your [a-z -]+?|[A-Za-z]+)'s)"
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -41,6 +41,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
+_OPEN = re.compile(rf"{_POSSESSIVE} (?P<noun>[a-z ]+?) is (?P<value>.+)")  # a noun of the visitor's own
 _READERS = [(kind.noun, _pattern(kind.clause)) for kind in KINDS]
 
 
@@ -53,7 +54,10 @@ def read_clause(clause: str) -> tuple[str, str, str]:
             subject = match["subject"] or "you"
             # "your sister's shoe size" is not about "your" whole rest, nor a relation about "your name"
             found.append((len(match["value"]), subject, noun, match["value"]))
-    assert found, clause
+    if not found:
+        match = _OPEN.fullmatch(clause)
+        assert match, clause
+        return match["subject"] or "you", match["noun"], match["value"]
     _, subject, noun, value = min(found)
     return subject, noun, value
 
