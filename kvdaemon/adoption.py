@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvdaemon.failpoints import reach
 from kvdaemon.store import intact
 from monitoring.logs import get_logger
 from protocol.arena import PAGE_BYTES, Arena, Geometry, SlotState
@@ -59,6 +60,7 @@ def survey(arena: Arena) -> Findings:
 
     Reads the whole arena: call it in a thread.
     """
+    reach("adopt.before")
     occupied: dict[int, SlotState] = {}
     ready: list[int] = []
     damaged = 0
@@ -79,6 +81,7 @@ def survey(arena: Arena) -> Findings:
                 ready.append(slot)
             else:
                 damaged += 1
+    reach("adopt.after")
     return Findings(occupied, tuple(ready), damaged)
 
 

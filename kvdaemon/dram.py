@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
+from kvdaemon.failpoints import reach
 from protocol.arena import Arena, SlotState
 from protocol.errors import InternalError
 from protocol.ids import ROOT
@@ -101,25 +102,35 @@ class DramTier:
 
     def reserve(self, client: bytes) -> int:
         """Give a free slot to a client to fill. Raises InternalError: there is none."""
+        reach("reserve.before")
         slot = self._take(SlotEvent.RESERVE, client)
         self._reserved[client].add(slot)
+        reach("reserve.after")
         return slot
 
     def fetch(self, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> int:
         """Give a free slot to the SSD worker, named for what will arrive. Raises InternalError: there is none."""
+        reach("fetch.before")
         slot = self._take(SlotEvent.FETCH, ROOT)
+        reach("fetch.taken")
         self.arena.set_identity(slot, chunk_id, parent_id, namespace, tokens)
+        reach("fetch.after")
         return slot
 
     def commit(self, slot: int, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> None:
         """The client filled its slot: the slot says what it holds, then becomes READY."""
+        reach("commit.before")
         state = self._next(slot, SlotEvent.COMMIT)
         self._disown(slot)
         self.arena.set_identity(slot, chunk_id, parent_id, namespace, tokens)
+        reach("commit.named")
         self._set(slot, state)
+        reach("commit.after")
 
     def loaded(self, slot: int) -> None:
+        reach("loaded.before")
         self._set(slot, self._next(slot, SlotEvent.LOADED))
+        reach("loaded.after")
 
     def drop(self, slot: int) -> None:
         """Make a slot in use free. Readers of the old generation notice. Raises InternalError: it is free already."""
@@ -129,7 +140,11 @@ class DramTier:
         state = self._next(slot, event)
         if event is SlotEvent.GIVE_BACK:
             self._disown(slot)
+        if event is SlotEvent.EVICT:
+            reach("evict.before")
         self.arena.free(slot)
+        if event is SlotEvent.EVICT:
+            reach("evict.after")
         self._states[slot] = state
         self._generations[slot] = self.arena.generation(slot)
         self._free.append(slot)
@@ -139,7 +154,9 @@ class DramTier:
         state = self._next(slot, SlotEvent.WIPE)
         if self._states[slot] is SlotState.FREE:
             self._free.remove(slot)
+        reach("withdraw.before")
         self._generations[slot] = self.arena.take(slot, state, ROOT)
+        reach("withdraw.after")
         self._states[slot] = state
 
     def withdraw_free(self, limit: int) -> list[int]:
@@ -151,7 +168,9 @@ class DramTier:
 
     def wiped(self, slot: int) -> None:
         """Give back a slot that was withdrawn. Its table entry says nothing of what lay there."""
+        reach("wiped.before")
         self._set(slot, self._next(slot, SlotEvent.WIPED))
+        reach("wiped.after")
         self._free.append(slot)
 
     def drop_all(self, slots: Iterable[int]) -> None:

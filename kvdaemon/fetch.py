@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from kvdaemon.failpoints import reach
 from kvdaemon.ssd.client import SsdLink
 from kvdaemon.store import Store
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
@@ -42,7 +43,11 @@ class Fetcher:
         try:
             if self._ssd is None:
                 raise PeerUnavailable("there is no SSD tier")
+            if background:
+                reach("prefetch.before")
             outcomes = await self._ssd.read(reads, background=background)
+            if background:
+                reach("prefetch.after")
         except CachedAttentionError as error:
             log.warning("a fetch from SSD failed", chunks=len(reads), reason=error.message)
             for read in reads:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from kvdaemon.failpoints import reach
 from monitoring.logs import get_logger
 from protocol.arena import Arena
 from protocol.errors import CachedAttentionError, PeerError, PeerProtocolError, PeerTimeout, PeerUnavailable
@@ -146,14 +147,21 @@ class SsdLink:
 
     async def write(self, slot: int, generation: int) -> SsdWritten:
         """Raises CapacityError: the disk is full or too slow; PeerError."""
-        return await self._ask(SsdWrite(slot, generation), SsdWritten, _WRITE_S)
+        reach("write_behind.before")
+        written = await self._ask(SsdWrite(slot, generation), SsdWritten, _WRITE_S)
+        reach("write_behind.after")
+        return written
 
     async def delete(self, chunk_ids: Sequence[bytes]) -> None:
+        reach("ssd_evict.before")
         await self._ask(SsdDelete(tuple(chunk_ids)), Ack, _WRITE_S)
+        reach("ssd_evict.after")
 
     async def put_manifest(self, manifest: Manifest) -> None:
         """Raises CapacityError: the disk is full; PeerError."""
+        reach("write_manifest.before")
         await self._ask(SsdPutManifest(manifest), Ack, _CONTROL_S)
+        reach("write_manifest.after")
 
     async def get_manifest(self, turn_key: bytes, timeout_s: float) -> ManifestReply:
         """Raises PeerTimeout: the worker is busy, and lives on; PeerError."""
@@ -176,7 +184,10 @@ class SsdLink:
 
     async def erase(self, chunk_ids: Sequence[bytes], turn_keys: Sequence[bytes]) -> SsdErased:
         """Delete, and compact what held it. Raises CapacityError: the disk is full, or too slow; as get_manifest."""
-        return await self._ask_patiently(SsdErase(tuple(chunk_ids), tuple(turn_keys)), SsdErased, _ERASE_S)
+        reach("ssd_erase.before")
+        erased = await self._ask_patiently(SsdErase(tuple(chunk_ids), tuple(turn_keys)), SsdErased, _ERASE_S)
+        reach("ssd_erase.after")
+        return erased
 
     async def _ask_patiently(self, message: Any, expect: type[M], timeout_s: float) -> M:
         """Ask for something that may take long. The worker is not ended where it takes longer; heartbeats watch it."""

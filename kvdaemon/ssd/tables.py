@@ -31,6 +31,7 @@ from typing import Any
 import msgpack
 import rocksdict
 
+from kvdaemon.failpoints import reach
 from protocol.codec import Frame, decode, encode
 from protocol.errors import CachedAttentionError, CapacityError, PeerError, PeerProtocolError
 from protocol.ids import ID_BYTES
@@ -116,7 +117,9 @@ class Tables:
             batch.put(_layer_key(record, layer), value, self._handles["layers"])
         batch.put(record.chunk_id, record.pack(), self._handles["chunks"])
         with _translated():
+            reach("put.before")
             self._db.write(batch, self._unlogged)
+            reach("put.after")
         self.has_unflushed_chunks = True
 
     def record(self, chunk_id: bytes) -> ChunkRecord | None:
@@ -147,7 +150,9 @@ class Tables:
             self._delete_layers(batch, chunk_id)
             batch.delete(chunk_id, self._handles["chunks"])
         with _translated():
+            reach("delete.before")
             self._db.write(batch, self._unlogged)
+            reach("delete.after")
         self.has_unflushed_chunks = True
 
     def _delete_layers(self, batch: rocksdict.WriteBatch, chunk_id: bytes) -> None:
@@ -158,12 +163,44 @@ class Tables:
                 for layer in range(len(record.checksums)):
                     batch.delete(_layer_key(record, layer), self._handles["layers"])
 
+    def drop_unrecorded(self) -> int:
+        """Delete layers that no record speaks of, which nobody would ever find. Returns of how many chunks.
+
+        For the start: a crash between the flushes of two families leaves such layers, and they are the newest.
+        """
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        found: set[bytes] = set()
+        cursor = self._layers.iter()
+        cursor.seek_to_last()
+        while cursor.valid():
+            key = bytes(cursor.key())
+            chunk_id = _PLACE.unpack(key)[1]
+            if chunk_id not in found and self._is_recorded(key, chunk_id):
+                break
+            found.add(chunk_id)
+            batch.delete(key, self._handles["layers"])
+            cursor.prev()
+        if found:
+            with _translated():
+                self._db.write(batch, self._unlogged)
+            self.has_unflushed_chunks = True
+        return len(found)
+
+    def _is_recorded(self, layer_key: bytes, chunk_id: bytes) -> bool:
+        """Whether there is a record, and it speaks of the layer at this key."""
+        with contextlib.suppress(PeerProtocolError):
+            record = self.record(chunk_id)
+            return record is not None and layer_key.startswith(_layer_key(record, 0)[:-2])
+        return False
+
     # -- manifests ----------------------------------------------------------------------------------------
 
     def put_manifest(self, manifest: Manifest) -> None:
         value = _SAVED_AT.pack(time.time()) + encode(Frame("part", 0, manifest))
         with _translated():
+            reach("put_manifest.before")
             self._manifests.put(manifest.turn_key, value)
+            reach("put_manifest.after")
 
     def manifest(self, turn_key: bytes) -> Manifest | None:
         """Raises PeerProtocolError: damaged."""
@@ -194,7 +231,9 @@ class Tables:
 
     def delete_manifest(self, turn_key: bytes) -> None:
         with _translated():
+            reach("delete_manifest.before")
             self._manifests.delete(turn_key)
+            reach("delete_manifest.after")
 
     def drop_oldest_manifests(self, share: float) -> int:
         """Delete this share of the manifests, the oldest by when they were saved. Returns how many."""
@@ -225,9 +264,14 @@ class Tables:
         """Make everything written so far survive this process. Raises as put_chunk."""
         with _translated():
             # Rdict.flush means one family. Layers before the records that speak of them: a crash in between leaves
-            # layers without a record, or after a delete a record without layers, which reads as missing.
-            for family in (self._layers, self._chunks, self._manifests):
-                family.flush()
+            # layers without a record (see drop_unrecorded), or after a delete a record without layers, which reads as
+            # missing.
+            reach("flush.before")
+            self._layers.flush()
+            reach("flush.layers")
+            self._chunks.flush()
+            self._manifests.flush()
+            reach("flush.after")
         self.has_unflushed_chunks = False
 
     def compact(self) -> None:
@@ -275,7 +319,9 @@ class Tables:
                 ranges.append((first, last))
         for family, (first, last) in itertools.product(families, ranges):
             with _translated():
+                reach("compact.before")
                 family.compact_range(first, last, _rewriting())
+                reach("compact.after")
 
     def _layer_files(self) -> list[dict[str, Any]]:
         """RocksDB's description of its table files, of the layers' family: their keys alone have this length."""

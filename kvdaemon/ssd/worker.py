@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
+from kvdaemon.failpoints import reach
 from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Stalled, Tables
 from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
@@ -226,11 +227,14 @@ class SsdWorker:
             if not _is_ours(arena, arrival):
                 arrival.outcome = "missing"
                 continue
+            reach("layer.before")
             key_view, value_view = arena.layer(arrival.slot, layer, record.tokens)
             raw = np.frombuffer(value, dtype=np.uint8)
             np.copyto(key_view, raw[: len(key_view)])
             np.copyto(value_view, raw[len(key_view) :])
+            reach("layer.copied")
             arena.set_layer_ready(arrival.slot, layer, record.checksums[layer])
+            reach("layer.after")
 
     async def _forget(self, chunk_ids: list[bytes]) -> None:
         async with self._turns.turn(BACKGROUND):
@@ -558,13 +562,17 @@ def open_tables(path: Path) -> tuple[Tables, str]:
     if (path / DAMAGED_MARK).exists():
         moved_aside = _move_aside(path)
     try:
-        return Tables(path), moved_aside
+        tables = Tables(path)
     except (CapacityError, DatabaseInUse):
         raise
     except PeerError as error:
         log.error("RocksDB cannot be opened", reason=error.message)
         moved_aside = _move_aside(path)
-        return Tables(path), moved_aside
+        tables = Tables(path)
+    unrecorded = tables.drop_unrecorded()
+    if unrecorded:
+        log.warning("layers without a record are deleted: an earlier worker died in a flush", chunks=unrecorded)
+    return tables, moved_aside
 
 
 def _move_aside(path: Path) -> str:

@@ -258,13 +258,17 @@ class DaemonProcess:
             "metrics_port": 0,
             **fields,
         }
+        self.environment: dict[str, str] = {}
         self.log_path = data_dir.parent / "kvdaemon.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> DaemonProcess:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(self.fields)], stdout=log, stderr=log
+                [sys.executable, "-c", _PROGRAM, json.dumps(self.fields)],
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.environment,
             )
         return self
 

@@ -1,0 +1,121 @@
+"""Fail points: named places in the daemon's work where a test has it stop, fail or be slow.
+
+`reach` does nothing unless the environment variable KVDAEMON_FAILPOINTS names a file when the process starts. Then
+every point that is reached looks into the file, which arms at most one of them by a line of its own:
+
+    commit.named stop               the process stops (SIGSTOP) at this very place; the file is renamed to *.reached
+    flush.before sleep 0.5          as often as it is reached, until the file goes
+    put.before fail No space left   the same
+
+A process that stopped is killed by who armed the point: it alone, or others with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+VARIABLE = "KVDAEMON_FAILPOINTS"
+
+FrontPoint = Literal[
+    "adopt.before",
+    "adopt.after",
+    # A client saves a chunk: a slot is taken; the chunk is named in the slot table, then READY, then in the books.
+    "reserve.before",
+    "reserve.after",
+    "commit.before",
+    "commit.named",
+    "commit.after",
+    "evict.before",
+    "evict.after",
+    # A chunk comes back from SSD: a slot is taken, named for what will arrive, and READY when it is whole.
+    "fetch.before",
+    "fetch.taken",
+    "fetch.after",
+    "prefetch.before",
+    "prefetch.after",
+    "loaded.before",
+    "loaded.after",
+    # What the front asks of the SSD worker, and has its answer to.
+    "write_behind.before",
+    "write_behind.after",
+    "write_manifest.before",
+    "write_manifest.after",
+    "ssd_evict.before",
+    "ssd_evict.after",
+    # An erasure: a slot leaves the books, is wiped, is free; then the SSD.
+    "withdraw.before",
+    "withdraw.after",
+    "wiped.before",
+    "wiped.after",
+    "ssd_erase.before",
+    "ssd_erase.after",
+]
+WorkerPoint = Literal[
+    "put.before",
+    "put.after",
+    "put_manifest.before",
+    "put_manifest.after",
+    "flush.before",
+    "flush.layers",
+    "flush.after",
+    # One layer: read and verified, copied into the slot, marked as ready there.
+    "layer.before",
+    "layer.copied",
+    "layer.after",
+    "delete.before",
+    "delete.after",
+    "delete_manifest.before",
+    "delete_manifest.after",
+    "compact.before",
+    "compact.after",
+]
+Point = FrontPoint | WorkerPoint
+
+
+class InjectedFault(OSError):
+    """What a point fails with; marks an error that a test made."""
+
+
+def _nothing(point: Point) -> None:
+    """The point is reached, and nobody wants to know."""
+
+
+def armed_by(path: Path) -> Callable[[Point], None]:
+    """`reach` as the file at `path` has it be."""
+
+    def reach(point: Point) -> None:
+        try:
+            name, action, *argument = path.read_text().rstrip("\n").split(" ", 2)
+        except FileNotFoundError:
+            return
+        if name != point:
+            return
+        match action, argument:
+            case "stop", []:
+                _stop(path)
+            case "sleep", [seconds]:
+                time.sleep(float(seconds))
+            case "fail", [text]:
+                raise InjectedFault(text)
+            case _:
+                raise ValueError(f"a fail point cannot {action}")
+
+    return reach
+
+
+def _stop(path: Path) -> None:
+    try:
+        path.rename(path.with_name(f"{path.name}.reached"))
+    except FileNotFoundError:
+        return  # another thread or process was here first
+    # To this thread, not to the process: it does not come one instruction further.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+reach: Callable[[Point], None] = armed_by(Path(os.environ[VARIABLE])) if VARIABLE in os.environ else _nothing

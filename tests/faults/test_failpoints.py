@@ -1,0 +1,79 @@
+"""Fail points stop, fail or delay a process at the place that a file names, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvdaemon import failpoints
+from kvdaemon.failpoints import InjectedFault, armed_by
+from kvdaemon.ssd.tables import ChunkRecord
+from kvdaemon.ssd.worker import open_tables
+
+_TWO_FLUSHES = """
+import sys
+from pathlib import Path
+from kvdaemon.ssd.tables import ChunkRecord, Tables
+tables = Tables(Path(sys.argv[1]))
+for n in range(4):
+    record = ChunkRecord(bytes([n]) * 16, b"p" * 16, b"n" * 16, b"g" * 16, 7, 300, 10.0 + n, (1, 2, 3))
+    tables.put_chunk(record, [b"x" * 100] * 3)
+    if n % 2:
+        tables.flush()
+"""
+
+
+def test_a_point_stops_the_process_once(tmp_path: Path) -> None:
+    """Killed between the flushes of two families: the next start deletes the layers that nobody would ever find."""
+    control, mark = tmp_path / "failpoint", tmp_path / "failpoint.reached"
+    database = tmp_path / "ssd"
+    control.write_text("flush.layers stop\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TWO_FLUSHES, str(database)], env=os.environ | {failpoints.VARIABLE: str(control)}
+    )
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    assert not control.exists()
+    mark.rename(control)  # once more
+    os.kill(process.pid, signal.SIGCONT)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    process.kill()
+    process.wait(10)
+
+    tables, moved_aside = open_tables(database)
+    assert moved_aside == ""
+    records = [record for record in tables.records(b"", 10) if isinstance(record, ChunkRecord)]
+    assert [record.chunk_id[0] for record in records] == [0, 1]
+    assert [tables.layer(record, layer) for record in records for layer in range(3)] == [b"x" * 100] * 6
+    assert len(list(tables._layers.keys())) == 6
+    tables.close()
+
+
+def test_other_actions_last_until_the_file_goes(tmp_path: Path) -> None:
+    control = tmp_path / "failpoint"
+    reach = armed_by(control)
+    reach("put.before")
+    control.write_text("put.before fail No space left on device\n")
+    for _ in range(2):
+        with pytest.raises(InjectedFault, match="No space left on device"):
+            reach("put.before")
+    reach("put.after")
+    control.write_text("put.after sleep 0.05\n")
+    started = time.monotonic()
+    reach("put.before")
+    reach("put.after")
+    assert time.monotonic() - started >= 0.05
+    control.write_text("put.after dance\n")
+    with pytest.raises(ValueError, match="cannot dance"):
+        reach("put.after")
+    control.unlink()
+    reach("put.after")
+
+
+def test_nothing_is_armed_by_default() -> None:
+    assert failpoints.reach is failpoints._nothing
