@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli import kv
 from cli.child import die_with
 from cli.keys import make_keys
 from cli.options import with_settings
@@ -26,6 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Chat with a language model that never computes the same token twice.",
 )
+
+app.add_typer(kv.app, name="kv")
 
 # Given by `up` to the services it starts.
 Parent = Annotated[int, typer.Option("--parent", hidden=True)]
