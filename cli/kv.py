@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,7 @@ app = typer.Typer(
 
 _LINKS = ("data_dir", "run_dir", "kvdaemon_endpoint", "keys")
 _SHOWN_DIGITS = 12  # of a turn key; enough of them to name it again
+_PIPE_COLUMNS = 200
 _SCRUB_S, _SCRUB_IDLE_S = 7 * 24 * 3600.0, 600.0
 _ERASE_S = 4 * 3600.0  # compaction rewrites what held it
 _NUMBERS = frozenset(
@@ -74,6 +76,7 @@ _NUMBERS = frozenset(
         "KV",
         "verified",
         "damaged",
+        "contexts",
     )
 )
 
@@ -117,10 +120,12 @@ def list_conversations(
                 _tier(one.ssd_bytes, one.ssd_tokens, one.kv_tokens),
                 *(_when(one.saved_s), _when(one.last_hit_s)),
             )
-        console = Console(highlight=False)
+        console = _results()
         console.print(table)
         more = f", {len(shown)} shown" if len(shown) < len(found) else ""
-        console.print(f"{len(found)} conversations{more}. Hits are counted since the kvdaemon started.", style="dim")
+        console.print(
+            f"{len(found)} conversations{more}. A hit: loaded from the store since the kvdaemon started.", style="dim"
+        )
     if problem:
         _warn(f"the SSD tier is away, this is what is in memory: {problem}")
 
@@ -144,7 +149,7 @@ def _stat_store(settings: Settings, as_json: bool) -> None:
     if as_json:
         _print_json(dataclasses.asdict(status) | dataclasses.asdict(description))
         return
-    console = Console(highlight=False)
+    console = _results()
     console.print(f"{status.state}{f': {status.reason}' if status.reason else ''}\n", markup=False)
     table = _table("tier", "chunks", "used", "capacity")
     for name, tier in (("DRAM", status.dram), ("SSD", status.ssd)):
@@ -193,7 +198,7 @@ def _stat_turn(settings: Settings, turn: str, as_json: bool) -> None:
             }
         )
         return
-    console = Console(highlight=False)
+    console = _results()
     tokens = len(manifest.token_ids) // 4
     console.print(f"turn {manifest.turn_key.hex()}\nnamespace {manifest.namespace.hex()}")
     console.print(f"{tokens:,} tokens, {manifest.kv_tokens:,} with KV, {len(manifest.text):,} characters of text\n")
@@ -257,7 +262,7 @@ def verify(settings: Settings, as_json: AsJson = False) -> int:
             ("contexts on SSD", report.manifests, "", report.manifests_damaged),
         ):
             table.add_row(name, f"{count:,}", size, f"[bold red]{len(found)}[/]" if found else "0")
-        console = Console(highlight=False)
+        console = _results()
         console.print(table)
         if report.skipped:
             console.print(f"{report.skipped} chunks were on their way in or out of DRAM; who moves them verifies them.")
@@ -434,29 +439,25 @@ def erase(
     if as_json:
         _print_json(dataclasses.asdict(receipt))
         return 1 if receipt.left else 0
-    console = Console(highlight=False)
-    console.print(f"erased {len(receipt.turn_keys)} turns: {', '.join(key.hex() for key in receipt.turn_keys)}\n")
-    table = _table("tier", "chunks", "KV", "")
-    table.add_row(
-        "DRAM",
-        f"{len(receipt.dram_chunks)}",
-        format_size(receipt.dram_bytes),
-        f"{format_size(receipt.wiped_bytes)} overwritten with zeros, {receipt.leases_revoked} leases revoked",
+    console = _results()
+    for turn_key in receipt.turn_keys:
+        console.print(f"erased turn {turn_key.hex()}")
+    table = _table("from", "chunks", "KV", "contexts")
+    table.add_row("DRAM", f"{len(receipt.dram_chunks):,}", format_size(receipt.dram_bytes), "")
+    table.add_row("SSD", f"{len(receipt.ssd_chunks):,}", format_size(receipt.ssd_bytes), f"{receipt.ssd_manifests:,}")
+    console.print("", table, "", sep="\n")
+    console.print(
+        f"DRAM: {format_size(receipt.wiped_bytes)} overwritten with zeros, memory in no use included;"
+        f" {receipt.leases_revoked} leases revoked."
     )
     before, after = format_size(receipt.ssd_physical_before), format_size(receipt.ssd_physical_after)
-    table.add_row(
-        "SSD",
-        f"{len(receipt.ssd_chunks)}",
-        format_size(receipt.ssd_bytes),
-        f"and {receipt.ssd_manifests} contexts; compacted, the files had {before}, now {after}",
-    )
-    console.print(table)
+    console.print(f"SSD: compacted; the database's files took {before} before, {after} after.")
     if receipt.shared_chunks:
         console.print(f"{receipt.shared_chunks} chunks stay: other conversations begin with the same text.")
     if receipt.deferred_slots:
         console.print(
-            f"{receipt.deferred_slots} slots are in the hands of inference; what earlier chunks left in them is"
-            " overwritten when they come back."
+            f"Slots in the hands of inference: {receipt.deferred_slots}. What earlier chunks left in them is overwritten"
+            " when they come back."
         )
     for left in receipt.left:
         _warn(f"left: {left}")
@@ -468,6 +469,11 @@ def erase(
 
 def _print_json(document: object) -> None:
     print(json.dumps(document, indent=2, default=bytes.hex))  # ids are the only bytes there are
+
+
+def _results() -> Console:
+    """Lines and tables that a pipe gets whole."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def _errors() -> Console:
@@ -496,9 +502,15 @@ def _tier(size: int, tokens: int, of_tokens: int) -> str:
     return format_size(size) if tokens == of_tokens else f"{format_size(size)} ({tokens / of_tokens:.0%})"
 
 
-def _when(seconds: float) -> str:
-    """Local time of a wall clock; "-" for 0."""
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S") if seconds else "-"
+def _when(wall_s: float) -> str:
+    """How long ago that is; "-" for 0."""
+    if not wall_s:
+        return "-"
+    seconds = max(0, int(time.time() - wall_s))
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{unit} ago"
+    return f"{seconds}s ago"
 
 
 @contextlib.contextmanager
