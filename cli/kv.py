@@ -62,23 +62,7 @@ _SHOWN_DIGITS = 12  # of a turn key; enough of them to name it again
 _PIPE_COLUMNS = 200
 _SCRUB_S, _SCRUB_IDLE_S = 7 * 24 * 3600.0, 600.0
 _ERASE_S = 4 * 3600.0  # compaction rewrites what held it
-_NUMBERS = frozenset(
-    (
-        "turns",
-        "tokens",
-        "stored",
-        "in DRAM",
-        "on SSD",
-        "leases",
-        "chunks",
-        "used",
-        "capacity",
-        "KV",
-        "verified",
-        "damaged",
-        "contexts",
-    )
-)
+_TEXT_COLUMNS = ("", "id", "saved", "last hit")
 
 Key = Annotated[
     str, typer.Argument(metavar="TURN", help="Turn key in hexadecimal, or its beginning.", show_default=False)
@@ -456,8 +440,8 @@ def erase(
         console.print(f"{receipt.shared_chunks} chunks stay: other conversations begin with the same text.")
     if receipt.deferred_slots:
         console.print(
-            f"Slots in the hands of inference: {receipt.deferred_slots}. What earlier chunks left in them is overwritten"
-            " when they come back."
+            f"Slots in the hands of inference: {receipt.deferred_slots}. What earlier chunks left in them is"
+            " overwritten when they come back."
         )
     for left in receipt.left:
         _warn(f"left: {left}")
@@ -488,10 +472,11 @@ def _warn(message: str) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A table whose first column is a name, and whose cells are never cut: ids are to be copied."""
+    """A table whose first column is a name that is never cut, to be copied; most others are numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=number == 0)
+        is_text = number == 0 or column in _TEXT_COLUMNS
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=number == 0)
     return table
 
 
