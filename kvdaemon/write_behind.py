@@ -17,7 +17,8 @@ log = get_logger(__name__)
 _IN_FLIGHT = 4
 _IDLE_S = 0.05
 _BACKOFF_S = (0.5, 10.0)
-_CAP_CHECK_S = 1.0
+_CAP_CHECK_S = 0.1
+_STATUS_S = 1.0
 # Of the cap: RocksDB holds garbage until it compacts, so live chunks get less than all of it.
 _HIGH, _LOW = 0.85, 0.75
 _DELETE_AT_ONCE = 64
@@ -106,16 +107,20 @@ class WriteBehind:
 
     async def keep_cap(self) -> None:
         """Look at the tier's size, and evict where it nears the cap, for ever."""
+        asked_s = float("-inf")
         while True:
             await asyncio.sleep(_CAP_CHECK_S)
             if not self._ssd.is_up:
                 continue
             try:
                 await self._keep_cap_once()
+                if time.monotonic() - asked_s > _STATUS_S:
+                    asked_s = time.monotonic()
+                    await self._ask_status()
             except CachedAttentionError as error:
-                log.warning("the SSD tier's size is unknown", reason=error.message)
+                log.warning("the SSD tier cannot be kept under its cap", reason=error.message)
 
-    async def _keep_cap_once(self) -> None:
+    async def _ask_status(self) -> None:
         status = await self._ssd.status()
         self.physical_bytes = status.physical_bytes
         start, before = self._corrupt_seen
@@ -125,6 +130,8 @@ class WriteBehind:
                 self._metrics.corrupt("ssd_database")
         self._metrics.corrupt("ssd_record", max(0, status.corrupt_records - before))
         self._corrupt_seen = (self._ssd.starts, status.corrupt_records)
+
+    async def _keep_cap_once(self) -> None:
         index = self._store.index
         if index.ssd_bytes <= self._capacity_bytes * _HIGH:
             return

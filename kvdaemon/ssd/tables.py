@@ -1,7 +1,8 @@
-"""RocksDB as we use it: three column families, and what is a key and a value in each.
+"""RocksDB as we use it: four column families, and what is a key and a value in each.
 
     layers     time + chunk id + layer                 ->  keys, then values, of the chunk's tokens
     chunks     chunk id                                ->  ChunkRecord, MessagePack
+    retired    time + chunk id                         ->  layers and bytes of a deleted chunk that still takes space
     manifests  turn key                                ->  seconds since 1970 (8 bytes), then the message's frame
 
 A chunk is written in one atomic batch without the write-ahead log: it is in DRAM too, and losing the last seconds of
@@ -17,7 +18,6 @@ to 4.2 of separated blobs, equal from the disk (0.7); direct I/O reads 0.5 to 0.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 import os
@@ -32,18 +32,26 @@ import msgpack
 import rocksdict
 
 from kvdaemon.failpoints import reach
+from kvdaemon.ssd.garbage import Garbage, Retired, TableFile, by_file
 from protocol.codec import Frame, decode, encode
 from protocol.errors import CachedAttentionError, CapacityError, PeerError, PeerProtocolError
 from protocol.ids import ID_BYTES
 from protocol.messages import Manifest
 
 _MIB = 1024 * 1024
-_MEMTABLE_BYTES = 8 * _MIB  # at most four per column family, of which only `layers` ever fills one
+_GIB = 1024 * _MIB
+# Sizes of files and of what lies in memory before: a small share of the tier, so that rewriting one needs little space.
+_FILE_SHARE = 1 / 64
+_FILE_BYTES = (256 * 1024, 64 * _MIB)
+_MEMTABLE_BYTES = 8 * _MIB  # at most, and four per column family, of which only `layers` ever fills one
 _BLOCK_CACHE_BYTES = 4 * _MIB  # index and filter blocks and records; layers are read once and copied to the arena
 _OPEN_FILES = 256
-_PLACE = struct.Struct(f">Q{ID_BYTES}sH")
+_PLACE = struct.Struct(f">Q{ID_BYTES}s")
+_LAYER = struct.Struct(">H")
+_RETIRED = struct.Struct(">HQ")
+_LOOK_AGAIN_S = 0.1  # at the files' sizes
 _SAVED_AT = struct.Struct(">d")
-_FAMILIES = ("layers", "chunks", "manifests")
+_FAMILIES = ("layers", "chunks", "retired", "manifests")
 
 
 class DamagedDatabase(PeerError):
@@ -91,28 +99,36 @@ class ChunkRecord:
 class Tables:
     """An open database. One thread at a time; every call may take as long as the disk does."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the database. Raises DamagedDatabase, CapacityError, PeerError: the disk says no."""
+    def __init__(self, path: Path, capacity_bytes: int = 8 * _GIB) -> None:
+        """Opens or makes the database. Raises DamagedDatabase, CapacityError, PeerError: the disk says no.
+
+        capacity_bytes: what it shall take on the disk; it gives files their size. The caller asks for `used_bytes`.
+        """
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
+        self._file_bytes = min(max(int(capacity_bytes * _FILE_SHARE), _FILE_BYTES[0]), _FILE_BYTES[1])
+        options = _options(self._file_bytes)
         with _translated():
-            self._db = rocksdict.Rdict(
-                str(path), options=_options(), column_families={name: _options() for name in _FAMILIES}
-            )
-        self._layers, self._chunks, self._manifests = (self._db.get_column_family(name) for name in _FAMILIES)
+            self._db = rocksdict.Rdict(str(path), options=options, column_families=dict.fromkeys(_FAMILIES, options))
+        self._layers, self._chunks, self._retired, self._manifests = map(self._db.get_column_family, _FAMILIES)
         self._handles = {name: self._db.get_column_family_handle(name) for name in _FAMILIES}
         self._unlogged = rocksdict.WriteOptions()
         self._unlogged.disable_wal = True  # type: ignore[method-assign,assignment]  # a property; the stub says method
         # A stalled write would hold the interpreter lock, and the heartbeat with it; a refused one is tried again.
         self._unlogged.no_slowdown = True
         self.has_unflushed_chunks = False
+        self._largest_chunk_bytes = 0
+        self._looked_s = float("-inf")
+        self._used_then = 0  # when we looked
+        self._put_since = 0
 
     # -- chunks -------------------------------------------------------------------------------------------
 
     def put_chunk(self, record: ChunkRecord, layers: Sequence[bytes]) -> None:
         """Write a chunk atomically. Raises CapacityError: the disk is full; Stalled; DamagedDatabase; PeerError."""
         batch = rocksdict.WriteBatch(raw_mode=True)
-        self._delete_layers(batch, record.chunk_id)  # of an older copy, which lies under another time
+        with contextlib.suppress(PeerProtocolError):
+            self._retire(batch, record.chunk_id)  # an older copy, which lies under another time
         for layer, value in enumerate(layers):
             batch.put(_layer_key(record, layer), value, self._handles["layers"])
         batch.put(record.chunk_id, record.pack(), self._handles["chunks"])
@@ -121,6 +137,8 @@ class Tables:
             self._db.write(batch, self._unlogged)
             reach("put.after")
         self.has_unflushed_chunks = True
+        self._largest_chunk_bytes = max(self._largest_chunk_bytes, record.size_bytes)
+        self._put_since += record.size_bytes
 
     def record(self, chunk_id: bytes) -> ChunkRecord | None:
         """The chunk's record, or None. Raises PeerProtocolError: damaged."""
@@ -143,55 +161,107 @@ class Tables:
             except PeerProtocolError:
                 yield key
 
-    def delete_chunks(self, chunk_ids: Sequence[bytes]) -> None:
-        """Forget chunks; ids that are not there do no harm. The space returns with compaction."""
+    def delete_chunks(self, chunk_ids: Sequence[bytes]) -> tuple[list[ChunkRecord], list[bytes]]:
+        """Forget chunks; ids that are not there do no harm. Their space returns when their garbage is reclaimed.
+
+        Returns the records of those that were there, and the ids of damaged records, which alone knew where layers lie.
+        """
         batch = rocksdict.WriteBatch(raw_mode=True)
+        deleted: list[ChunkRecord] = []
+        damaged: list[bytes] = []
         for chunk_id in chunk_ids:
-            self._delete_layers(batch, chunk_id)
+            try:
+                record = self._retire(batch, chunk_id)
+            except PeerProtocolError:
+                damaged.append(chunk_id)
+            else:
+                if record is None:
+                    continue
+                deleted.append(record)
             batch.delete(chunk_id, self._handles["chunks"])
         with _translated():
             reach("delete.before")
             self._db.write(batch, self._unlogged)
             reach("delete.after")
         self.has_unflushed_chunks = True
+        return deleted, damaged
 
-    def _delete_layers(self, batch: rocksdict.WriteBatch, chunk_id: bytes) -> None:
-        """Add to the batch what deletes a chunk's layers. Those of a damaged record cannot be found any more."""
-        with contextlib.suppress(PeerProtocolError):
-            record = self.record(chunk_id)
-            if record is not None:
-                for layer in range(len(record.checksums)):
-                    batch.delete(_layer_key(record, layer), self._handles["layers"])
+    # -- garbage ------------------------------------------------------------------------------------------
 
-    def drop_unrecorded(self) -> int:
-        """Delete layers that no record speaks of, which nobody would ever find. Returns of how many chunks.
+    def _retire(self, batch: rocksdict.WriteBatch, chunk_id: bytes) -> ChunkRecord | None:
+        """Add to the batch that a chunk's layers are garbage. Returns its record. Raises PeerProtocolError: damaged."""
+        record = self.record(chunk_id)
+        if record is not None:
+            value = _RETIRED.pack(len(record.checksums), record.size_bytes)
+            batch.put(_place(record), value, self._handles["retired"])
+        return record
+
+    def retire_unrecorded(self) -> int:
+        """Make garbage of layers that no record speaks of, which nobody would ever find. Returns of how many chunks.
 
         For the start: a crash between the flushes of two families leaves such layers, and they are the newest.
         """
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        found: set[bytes] = set()
+        found: dict[bytes, tuple[int, int]] = {}  # place -> layers, bytes
         cursor = self._layers.iter()
         cursor.seek_to_last()
         while cursor.valid():
             key = bytes(cursor.key())
-            chunk_id = _PLACE.unpack(key)[1]
-            if chunk_id not in found and self._is_recorded(key, chunk_id):
+            place = key[: _PLACE.size]
+            if place not in found and (self._is_recorded(place) or _value(self._retired, place) is not None):
                 break
-            found.add(chunk_id)
-            batch.delete(key, self._handles["layers"])
+            layers, size = found.get(place, (0, 0))
+            found[place] = layers + 1, size + len(cursor.value())
             cursor.prev()
-        if found:
+        for place, (layers, size) in found.items():
             with _translated():
-                self._db.write(batch, self._unlogged)
+                self._retired.put(place, _RETIRED.pack(layers, size), self._unlogged)
             self.has_unflushed_chunks = True
         return len(found)
 
-    def _is_recorded(self, layer_key: bytes, chunk_id: bytes) -> bool:
-        """Whether there is a record, and it speaks of the layer at this key."""
+    def _is_recorded(self, place: bytes) -> bool:
+        """Whether there is a record that speaks of the layers at this place."""
         with contextlib.suppress(PeerProtocolError):
-            record = self.record(chunk_id)
-            return record is not None and layer_key.startswith(_layer_key(record, 0)[:-2])
+            record = self.record(_PLACE.unpack(place)[1])
+            return record is not None and _place(record) == place
         return False
+
+    def garbage(self) -> list[Garbage]:
+        """What deleted chunks still take, by file, the file with the largest share of it first."""
+        retired = [Retired(place, *_RETIRED.unpack(value)) for place, value in _walk(self._retired, b"") if place]
+        files = [TableFile(file["start_key"], file["size"]) for file in self._layer_files()]
+        return by_file(retired, files)
+
+    def bury(self, garbage: Garbage) -> None:
+        """Write and flush tombstones for the garbage of one file. Raises as put_chunk."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for chunk in garbage.chunks:
+            if not self._is_recorded(chunk.place):  # else a crash undid its deletion, but not this note of it
+                for layer in range(chunk.layers):
+                    batch.delete(chunk.place + _LAYER.pack(layer), self._handles["layers"])
+        with _translated():
+            # Flushed before too: a table with new layers and with tombstones of old ones spans all between.
+            self._layers.flush()
+            self._db.write(batch, self._unlogged)
+            self._layers.flush()
+
+    def reclaim(self, garbage: Garbage) -> None:
+        """Rewrite the file without what was buried. Releases the interpreter lock; from a thread of its own."""
+        with _translated():
+            reach("compact.before")
+            first = garbage.chunks[0].place + _LAYER.pack(0)
+            last = garbage.chunks[-1].place + _LAYER.pack(0xFFFF)
+            self._layers.compact_range(first, last, _rewriting())
+            reach("compact.after")
+        self._looked_s = float("-inf")
+
+    def reclaimed(self, garbage: Garbage) -> None:
+        """Forget garbage that takes no space any more."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for chunk in garbage.chunks:
+            batch.delete(chunk.place, self._handles["retired"])
+        with _translated():
+            self._db.write(batch, self._unlogged)
+        self.has_unflushed_chunks = True
 
     # -- manifests ----------------------------------------------------------------------------------------
 
@@ -264,68 +334,37 @@ class Tables:
         """Make everything written so far survive this process. Raises as put_chunk."""
         with _translated():
             # Rdict.flush means one family. Layers before the records that speak of them: a crash in between leaves
-            # layers without a record (see drop_unrecorded), or after a delete a record without layers, which reads as
-            # missing.
+            # layers without a record, see retire_unrecorded. The note of a deleted chunk's space before its deletion:
+            # a crash in between leaves a note of a chunk that lives, see bury.
             reach("flush.before")
             self._layers.flush()
             reach("flush.layers")
+            self._retired.flush()
             self._chunks.flush()
             self._manifests.flush()
             reach("flush.after")
         self.has_unflushed_chunks = False
 
-    def compact(self) -> None:
-        """Rewrite the layers without what was deleted. Releases the interpreter lock; from a thread of its own."""
-        with _translated():
-            self._layers.compact_range(None, None)
-
-    def group_by_file(self, chunk_ids: Sequence[bytes]) -> tuple[list[list[ChunkRecord]], list[bytes]]:
-        """Those of `chunk_ids` that are there, the ones of one table file together, oldest first. Flushes.
-
-        Deleted group by group, they make compaction rewrite the files that hold them, and none of those between.
-        Second: the ids of damaged records, which alone knew where their layers lie.
-        """
-        self.flush()
-        found: list[tuple[bytes, ChunkRecord]] = []
-        damaged: list[bytes] = []
-        for chunk_id in chunk_ids:
-            try:
-                record = self.record(chunk_id)
-            except PeerProtocolError:
-                damaged.append(chunk_id)
-                continue
-            if record is not None:
-                found.append((_layer_key(record, 0), record))
-        found.sort(key=lambda item: item[0])
-        starts = sorted(file["start_key"] for file in self._layer_files())
-        by_file = itertools.groupby(found, key=lambda item: bisect.bisect_right(starts, item[0]))
-        return [[record for _, record in group] for _, group in by_file], damaged
-
-    def compact_layers(self) -> None:
-        """Rewrite the layers' files in which something was deleted and flushed. As `compact`, where that is little."""
-        self._compact_deletions([self._layers], self._layer_files())
-
     def compact_records(self) -> None:
-        """The same for records and manifests, whose keys do not tell one from the other."""
-        files = [file for file in self._db.live_files() if len(file["start_key"]) == ID_BYTES]
-        self._compact_deletions([self._chunks, self._manifests], files)
+        """Rewrite the files of records and manifests in which something was deleted and flushed.
 
-    def _compact_deletions(self, families: Sequence[rocksdict.Rdict], files: Sequence[dict[str, Any]]) -> None:
+        Their keys do not tell one from the other. Releases the interpreter lock; from a thread of its own.
+        """
+        files = [file for file in self._db.live_files() if len(file["start_key"]) == ID_BYTES]
         ranges: list[tuple[bytes, bytes]] = []
         for first, last in sorted((f["start_key"], f["end_key"]) for f in files if f["num_deletions"]):
             if ranges and first <= ranges[-1][1]:
                 ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
             else:
                 ranges.append((first, last))
-        for family, (first, last) in itertools.product(families, ranges):
+        for family, (first, last) in itertools.product((self._chunks, self._manifests), ranges):
             with _translated():
-                reach("compact.before")
                 family.compact_range(first, last, _rewriting())
-                reach("compact.after")
 
     def _layer_files(self) -> list[dict[str, Any]]:
         """RocksDB's description of its table files, of the layers' family: their keys alone have this length."""
-        return [file for file in self._db.live_files() if len(file["start_key"]) == _PLACE.size]
+        size = _PLACE.size + _LAYER.size
+        return [file for file in self._db.live_files() if len(file["start_key"]) == size]
 
     def physical_bytes(self) -> int:
         """What the database takes on the disk, garbage not yet compacted included."""
@@ -335,6 +374,20 @@ class Tables:
                 total += entry.stat().st_blocks * 512
         return total
 
+    def used_bytes(self) -> int:
+        """As physical_bytes, with what waits in memory for its flush. Never too little, and often asked: cheap."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _LOOK_AGAIN_S:
+            self._looked_s, self._put_since = now_s, 0
+            waiting = int(self._layers.property_int_value("rocksdb.cur-size-all-mem-tables") or 0)
+            self._used_then = waiting + self.physical_bytes()
+        return self._used_then + self._put_since
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the rewriting of a file may take for a while, beside all that is there."""
+        return 2 * (self._file_bytes + self._largest_chunk_bytes)
+
     def close(self) -> None:
         """Flush and close. Raises as put_chunk; closed all the same."""
         try:
@@ -342,24 +395,25 @@ class Tables:
         finally:
             # Cuts a compaction short. Rdict.close would flush once more and fail for it; the last reference closes too.
             self._db.cancel_all_background(True)
-            del self._layers, self._chunks, self._manifests, self._handles, self._db
+            del self._layers, self._chunks, self._retired, self._manifests, self._handles, self._db
 
 
-def _options() -> rocksdict.Options:
+def _options(file_bytes: int) -> rocksdict.Options:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.create_missing_column_families(True)
     # KV is noise to a compressor.
     options.set_compression_type(rocksdict.DBCompressionType.none())
-    options.set_write_buffer_size(_MEMTABLE_BYTES)
+    options.set_write_buffer_size(min(file_bytes, _MEMTABLE_BYTES))
     options.set_max_write_buffer_number(4)
-    options.set_target_file_size_base(64 * _MIB)
+    options.set_target_file_size_base(file_bytes)
     options.set_max_open_files(_OPEN_FILES)
     options.set_max_background_jobs(2)
     # Without the log, a crash between the flushes of two families would leave a record without its layers.
     options.set_atomic_flush(True)
     options.set_keep_log_file_num(2)
-    options.set_max_log_file_size(4 * _MIB)
+    options.set_max_log_file_size(min(file_bytes, 4 * _MIB))
+    options.set_manifest_preallocation_size(64 * 1024)
     table = rocksdict.BlockBasedOptions()
     table.set_block_cache(rocksdict.Cache(_BLOCK_CACHE_BYTES))
     table.set_bloom_filter(10, False)
@@ -378,8 +432,12 @@ def _rewriting() -> rocksdict.CompactOptions:
     return options
 
 
+def _place(record: ChunkRecord) -> bytes:
+    return _PLACE.pack(int(record.written_s * 1e6), record.chunk_id)
+
+
 def _layer_key(record: ChunkRecord, layer: int) -> bytes:
-    return _PLACE.pack(int(record.written_s * 1e6), record.chunk_id, layer)
+    return _place(record) + _LAYER.pack(layer)
 
 
 def _unpack_manifest(turn_key: bytes, raw: bytes) -> tuple[float, Manifest]:

@@ -31,6 +31,7 @@ import numpy as np
 import xxhash
 
 from kvdaemon.failpoints import reach
+from kvdaemon.ssd.garbage import Garbage
 from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Stalled, Tables
 from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
@@ -74,7 +75,10 @@ _PIECE_BYTES = 8 * 1024 * 1024  # read in one go before somebody else may have a
 _SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
 _WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
 _SCRUB_PAGE = 512  # records; more than the 256 blocks that a listing can find unreadable, so that it gets on
-_MANIFEST_SHARE = 0.1  # of the SSD tier's capacity
+_MANIFEST_SHARE = 0.05  # of the SSD tier's capacity
+_RECLAIM_SHARE = 0.96  # of the capacity, less the headroom that rewriting needs; the front lets chunks go long before
+_RECLAIM_S = 0.2
+_RECLAIM_PATIENCE_S = 60.0
 DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
 
 
@@ -101,7 +105,7 @@ class SsdWorker:
         self._turns = Turns()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._compaction = ThreadPoolExecutor(1, thread_name_prefix="compaction")
-        self._is_garbage_likely = False
+        self._reclaiming = asyncio.Lock()
         self._write_failures = 0
         self._error = ""
         self._corrupt_records = 0
@@ -129,7 +133,8 @@ class SsdWorker:
     async def start(self) -> None:
         """Raises ConfigError: the socket is taken."""
         await self._server.start()
-        self._background = [asyncio.ensure_future(self._flush_often()), asyncio.ensure_future(self._stay_small())]
+        loops = (self._flush_often, self._reclaim_often, self._limit_manifests)
+        self._background = [asyncio.ensure_future(work()) for work in loops]
 
     async def stop(self) -> None:
         """Answer nobody any more, finish the piece at hand, flush, close."""
@@ -260,7 +265,7 @@ class SsdWorker:
                 self._write_failures = 0
                 self._error = ""
                 return written
-            # RocksDB flushes or compacts behind its limit. Nobody waits for a write; reads go on meanwhile.
+            # RocksDB flushes behind its limit, or room is being made. Nobody waits for a write; reads go on meanwhile.
             if time.monotonic() + 1.0 > call.deadline_s:
                 raise CapacityError("the disk is too slow for what is saved")
             await asyncio.sleep(0.1)
@@ -277,6 +282,8 @@ class SsdWorker:
         needed = tokens * geometry.token_bytes
         if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
             raise CapacityError(f"the disk of {self._tables.path} is full")
+        if self._tables.used_bytes() + needed > self._capacity_bytes - self._tables.headroom_bytes:
+            return None
         layers = [b"".join(view.data for view in arena.layer(slot, layer, tokens)) for layer in range(geometry.layers)]
         checksums = tuple(arena.checksum(slot, layer) for layer in range(geometry.layers))
         if not arena.is_current(slot, generation, chunk_id):
@@ -303,9 +310,7 @@ class SsdWorker:
             self.failed.set()
 
     async def _delete(self, call: Call, request: SsdDelete) -> Ack:
-        async with self._turns.turn(BACKGROUND):
-            await self._in_thread(lambda: self._tables.delete_chunks(request.chunk_ids))
-        self._is_garbage_likely = True
+        await self._patiently(lambda: self._tables.delete_chunks(request.chunk_ids), call.deadline_s)
         return Ack()
 
     # -- looking ------------------------------------------------------------------------------------------
@@ -452,16 +457,20 @@ class SsdWorker:
     # -- erasing ------------------------------------------------------------------------------------------
 
     async def _erase(self, call: Call, request: SsdErase) -> SsdErased:
-        """Delete and compact, by the files that hold the chunks. Manifests last: while they are there, an erasure
-        that broke off can be asked for again."""
+        """Delete, and rewrite the files of everything that was ever deleted: it may have been evicted before.
+
+        Manifests last: while they are there, an erasure that broke off can be asked for again.
+        """
         tables = self._tables
-        async with self._turns.turn(BACKGROUND):
-            groups, unplaced = await self._in_thread(lambda: tables.group_by_file(request.chunk_ids))
+        deleted, unplaced = await self._delete_and_flush(
+            lambda: tables.delete_chunks(request.chunk_ids), call.deadline_s
+        )
         before = tables.physical_bytes()  # everything is in files now
-        for group in [*groups, []]:  # the last time for what was deleted earlier and never compacted
-            doomed = [record.chunk_id for record in group] or unplaced
-            await self._delete_and_flush(partial(tables.delete_chunks, doomed), call.deadline_s)
-            await self._compact(tables.compact_layers)
+        async with self._reclaiming:
+            async with self._turns.turn(BACKGROUND):
+                garbage = await self._in_thread(tables.garbage)
+            for each in garbage:
+                await self._reclaim(each, call.deadline_s)
 
         def delete_manifests() -> int:
             there = [turn_key for turn_key in request.turn_keys if tables.has_manifest(turn_key)]
@@ -471,24 +480,37 @@ class SsdWorker:
 
         manifests = await self._delete_and_flush(delete_manifests, call.deadline_s)
         await self._compact(tables.compact_records)
-        there = [record for group in groups for record in group]
         return SsdErased(
-            tuple(record.chunk_id for record in there),
+            tuple(record.chunk_id for record in deleted),
             tuple(unplaced),
-            sum(record.size_bytes for record in there),
+            sum(record.size_bytes for record in deleted),
             manifests,
             before,
             tables.physical_bytes(),
         )
 
+    async def _reclaim(self, garbage: Garbage, deadline_s: float) -> None:
+        """Give the space of one file's garbage back. Raises CapacityError: the disk is full, or too slow; PeerError."""
+        await self._delete_and_flush(partial(self._tables.bury, garbage), deadline_s)
+        await self._compact(partial(self._tables.reclaim, garbage))
+        await self._delete_and_flush(partial(self._tables.reclaimed, garbage), deadline_s)
+
     async def _delete_and_flush(self, delete: Callable[[], T], deadline_s: float) -> T:
         """Raises CapacityError: the disk is full, or too slow; PeerError."""
+
+        def both() -> T:
+            deleted = delete()
+            self._tables.flush()
+            return deleted
+
+        return await self._patiently(both, deadline_s)
+
+    async def _patiently(self, function: Callable[[], T], deadline_s: float) -> T:
+        """Run on the database thread, again where RocksDB stalls. Raises CapacityError: for too long; PeerError."""
         while True:
             try:
                 async with self._turns.turn(BACKGROUND):
-                    deleted = await self._in_thread(delete)
-                    await self._in_thread(self._tables.flush)
-                return deleted
+                    return await self._in_thread(function)
             except Stalled as error:
                 if time.monotonic() + 1.0 > deadline_s:
                     raise CapacityError("the disk is too slow for what is saved") from error
@@ -520,23 +542,36 @@ class SsdWorker:
             except PeerError as error:
                 self._note_failure(error)
 
-    async def _stay_small(self) -> None:
-        """Give deleted chunks' space back when the tier is over its cap, and keep manifests to their share."""
-        loop = asyncio.get_running_loop()
+    async def _reclaim_often(self) -> None:
+        """Give deleted chunks' space back where the tier nears its cap, from the files that hold most of it."""
+        tables = self._tables
+        while True:
+            await asyncio.sleep(_RECLAIM_S)
+            limit = self._capacity_bytes * _RECLAIM_SHARE - tables.headroom_bytes
+            if tables.used_bytes() <= limit:
+                continue
+            try:
+                async with self._reclaiming:
+                    garbage = await self._delete_and_flush(tables.garbage, time.monotonic() + _RECLAIM_PATIENCE_S)
+                    for each in garbage:
+                        if tables.used_bytes() <= limit:
+                            break
+                        await self._reclaim(each, time.monotonic() + _RECLAIM_PATIENCE_S)
+            except (CapacityError, PeerError) as error:
+                log.warning("space cannot be given back", reason=error.message)
+                await asyncio.sleep(_FLUSH_S)
+
+    async def _limit_manifests(self) -> None:
+        """Keep manifests to their share."""
         while True:
             await asyncio.sleep(_FLUSH_S)
             try:
-                if self._is_garbage_likely and self._tables.physical_bytes() > self._capacity_bytes:
-                    self._is_garbage_likely = False
-                    async with self._turns.turn(BACKGROUND):
-                        await self._in_thread(self._tables.flush)
-                    await loop.run_in_executor(self._compaction, self._tables.compact)
                 if self._tables.manifest_bytes > self._capacity_bytes * _MANIFEST_SHARE:
                     async with self._turns.turn(BACKGROUND):
                         dropped = await self._in_thread(lambda: self._tables.drop_oldest_manifests(0.25))
                     log.info("oldest manifests dropped", manifests=dropped)
             except (CapacityError, PeerError) as error:
-                log.warning("housekeeping failed", reason=error.message)
+                log.warning("manifests cannot be dropped", reason=error.message)
 
 
 def _touch(arena: Arena) -> None:
@@ -556,20 +591,20 @@ def _checked_slot(arena: Arena, slot: int) -> int:
     return slot
 
 
-def open_tables(path: Path) -> tuple[Tables, str]:
+def open_tables(path: Path, capacity_bytes: int) -> tuple[Tables, str]:
     """The database, and where a damaged one was moved to ("" where it was sound). Raises as Tables."""
     moved_aside = ""
     if (path / DAMAGED_MARK).exists():
         moved_aside = _move_aside(path)
     try:
-        tables = Tables(path)
+        tables = Tables(path, capacity_bytes)
     except (CapacityError, DatabaseInUse):
         raise
     except PeerError as error:
         log.error("RocksDB cannot be opened", reason=error.message)
         moved_aside = _move_aside(path)
-        tables = Tables(path)
-    unrecorded = tables.drop_unrecorded()
+        tables = Tables(path, capacity_bytes)
+    unrecorded = tables.retire_unrecorded()
     if unrecorded:
         log.warning("layers without a record are deleted: an earlier worker died in a flush", chunks=unrecorded)
     return tables, moved_aside
@@ -596,7 +631,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    tables, moved_aside = open_tables(arguments.database)
+    tables, moved_aside = open_tables(arguments.database, arguments.capacity_bytes)
     worker = SsdWorker(f"ipc://{arguments.run_dir}/ssd.sock", tables, arguments.capacity_bytes, moved_aside)
     await worker.start()
     waits: list[asyncio.Task[Any]] = [asyncio.ensure_future(event.wait()) for event in (stop, worker.failed)]

@@ -45,11 +45,15 @@ def test_a_point_stops_the_process_once(tmp_path: Path) -> None:
     process.kill()
     process.wait(10)
 
-    tables, moved_aside = open_tables(database)
+    tables, moved_aside = open_tables(database, 1024 * 1024 * 1024)
     assert moved_aside == ""
     records = [record for record in tables.records(b"", 10) if isinstance(record, ChunkRecord)]
     assert [record.chunk_id[0] for record in records] == [0, 1]
     assert [tables.layer(record, layer) for record in records for layer in range(3)] == [b"x" * 100] * 6
+    tables.flush()
+    (garbage,) = tables.garbage()
+    assert sum(chunk.layers for chunk in garbage.chunks) == 6
+    tables.bury(garbage)
     assert len(list(tables._layers.keys())) == 6
     tables.close()
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from kvdaemon.ssd.garbage import Garbage
 from kvdaemon.ssd.tables import ChunkRecord, DatabaseInUse, Stalled, Tables
 from kvdaemon.ssd.worker import DAMAGED_MARK, open_tables
 from protocol.errors import PeerProtocolError
 from protocol.messages import Manifest
+
+_CAPACITY = 1024 * 1024 * 1024
 
 
 def record(chunk_id: bytes, layers: int = 3, size: int = 1000) -> ChunkRecord:
@@ -30,7 +33,8 @@ def manifest(key: bytes, text: str = "hi") -> Manifest:
 
 
 def test_chunk_round_trip_and_reopen(tmp_path: Path) -> None:
-    """What is flushed at close is all there after opening again, byte by byte; a deleted chunk is wholly gone."""
+    """What is flushed at close is all there after opening again, byte by byte; a deleted chunk is gone, and its layers
+    once their space was reclaimed."""
     tables = Tables(tmp_path / "ssd")
     kept, deleted = b"a" * 16, b"b" * 16
     for chunk_id in (kept, deleted):
@@ -42,6 +46,8 @@ def test_chunk_round_trip_and_reopen(tmp_path: Path) -> None:
     assert tables.record(kept) == record(kept)
     assert [tables.layer(record(kept), layer) for layer in range(3)] == values(kept)
     assert tables.record(deleted) is None
+    reclaim_all(tables)
+    assert [tables.layer(record(kept), layer) for layer in range(3)] == values(kept)
     assert all(tables.layer(record(deleted), layer) is None for layer in range(3))
     assert tables.layer(record(kept), 3) is None
     tables.close()
@@ -54,6 +60,7 @@ def test_a_chunk_written_again_leaves_nothing_of_the_older_copy(tmp_path: Path) 
     tables.put_chunk(older, values(b"a" * 16))
     tables.put_chunk(newer, values(b"z" * 16))
     assert tables.record(b"a" * 16) == newer
+    reclaim_all(tables)
     assert [tables.layer(newer, layer) for layer in range(3)] == values(b"z" * 16)
     assert [tables.layer(older, layer) for layer in range(3)] == [None] * 3
     tables.close()
@@ -112,9 +119,9 @@ def test_damaged_manifest_is_an_error_and_the_oldest_go_first(tmp_path: Path) ->
     tables.close()
 
 
-def test_compaction_gives_space_back(tmp_path: Path) -> None:
-    """Physical size follows the live chunks once compacted."""
-    tables = Tables(tmp_path / "ssd")
+def test_reclaiming_gives_space_back(tmp_path: Path) -> None:
+    """Physical size follows the live chunks, and a file is rewritten in the room that is kept for it."""
+    tables = Tables(tmp_path / "ssd", 128 * 1024 * 1024)
     ids = [bytes([n]) * 16 for n in range(40)]
     size = 300_000
     for chunk_id in ids:
@@ -128,8 +135,7 @@ def test_compaction_gives_space_back(tmp_path: Path) -> None:
     full = tables.physical_bytes()
     assert full > 40 * 3 * size
     tables.delete_chunks(ids[4:])
-    tables.flush()
-    tables.compact()
+    assert sum(len(garbage.chunks) for garbage in reclaim_all(tables)) == 36
     assert tables.physical_bytes() < full / 3
     assert tables.layer(record(ids[0]), 2) == values(ids[0], size=size)[2]
     tables.close()
@@ -143,19 +149,19 @@ def test_garbage_is_no_record(record_bytes: bytes) -> None:
 
 def test_damaged_database_is_moved_aside(tmp_path: Path) -> None:
     """A database that cannot be opened is kept beside, and a fresh one started; so is one that was marked."""
-    tables, moved = open_tables(tmp_path / "ssd")
+    tables, moved = open_tables(tmp_path / "ssd", _CAPACITY)
     assert moved == ""
     tables.put_chunk(record(b"a" * 16), values(b"a" * 16))
     tables.close()
     for file in (tmp_path / "ssd").glob("MANIFEST-*"):
         file.write_bytes(b"\x00" * 100)
-    tables, moved = open_tables(tmp_path / "ssd")
+    tables, moved = open_tables(tmp_path / "ssd", _CAPACITY)
     assert Path(moved).is_dir()
     assert tables.record(b"a" * 16) is None
     tables.put_chunk(record(b"b" * 16), values(b"b" * 16))
     tables.close()
     (tmp_path / "ssd" / DAMAGED_MARK).touch()
-    tables, moved_again = open_tables(tmp_path / "ssd")
+    tables, moved_again = open_tables(tmp_path / "ssd", _CAPACITY)
     assert moved_again not in ("", moved)
     assert tables.record(b"b" * 16) is None
     tables.close()
@@ -186,7 +192,7 @@ def test_a_database_in_use_is_not_damaged(tmp_path: Path) -> None:
     """A lock held by somebody else must never move the directory away from under it."""
     tables = Tables(tmp_path / "ssd")
     with pytest.raises(DatabaseInUse):
-        open_tables(tmp_path / "ssd")
+        open_tables(tmp_path / "ssd", _CAPACITY)
     assert [path.name for path in tmp_path.iterdir()] == ["ssd"]
     tables.close()
 
@@ -225,15 +231,14 @@ def test_what_is_deleted_and_compacted_is_in_no_file(tmp_path: Path) -> None:
         layers = [mark + os.urandom(100_000) for _ in range(3)]
         tables.put_chunk(dataclasses.replace(record(chunk_id), written_s=1000.0 + n), layers)
         tables.put_manifest(manifest(chunk_id, text=mark.decode() * 20))
-    groups, damaged = tables.group_by_file([*victims, b"never was here!!"])
-    assert [[found.chunk_id for found in group] for group in groups] == [victims[:2], victims[2:]]
-    assert damaged == []
+    tables.flush()
     files = {path.name for path in tables.path.glob("*.sst")}
+    deleted, damaged = tables.delete_chunks([*victims, b"never was here!!"])
+    assert [found.chunk_id for found in deleted] == victims
+    assert damaged == []
     assert occurrences(tables.path, b"ERASED") > 0
-    for group in groups:
-        tables.delete_chunks([found.chunk_id for found in group])
-        tables.flush()
-        tables.compact_layers()
+    assert [len(garbage.chunks) for garbage in reclaim_all(tables)] == [2, 1]
+    assert tables.garbage() == []
     kept = files & {path.name for path in tables.path.glob("*.sst")}
     assert len(kept) > len(files) / 2
     for victim in victims:
@@ -250,7 +255,7 @@ def test_what_is_deleted_and_compacted_is_in_no_file(tmp_path: Path) -> None:
 
 
 def test_a_chunk_evicted_long_before_leaves_no_bytes_either(tmp_path: Path) -> None:
-    """Deleted, flushed, and not compacted since: no record tells where it lay, but the files with deletions do."""
+    """Deleted, and its space not needed since: no record tells where it lay, but the note of its garbage does."""
     tables = Tables(tmp_path / "ssd")
     for n in range(30):
         mark = b"ERASED" if n == 7 else b"KEPT"
@@ -262,7 +267,9 @@ def test_a_chunk_evicted_long_before_leaves_no_bytes_either(tmp_path: Path) -> N
     tables.delete_chunks([bytes([7]) * 16])
     tables.flush()
     assert occurrences(tables.path, b"ERASED") == 3
-    tables.compact_layers()
+    tables.close()
+    tables = Tables(tmp_path / "ssd")
+    reclaim_all(tables)
     assert occurrences(tables.path, b"ERASED") == 0
     tables.close()
 
@@ -277,6 +284,36 @@ def test_the_only_manifest_leaves_no_bytes(tmp_path: Path) -> None:
     tables.compact_records()
     assert occurrences(tables.path, b"ERASED") == 0
     tables.close()
+
+
+def test_a_chunk_that_came_back_is_no_garbage(tmp_path: Path) -> None:
+    """A crash may keep the note of a chunk's garbage and lose its deletion: what a record speaks of is not buried."""
+    tables = Tables(tmp_path / "ssd")
+    ids = [bytes([n]) * 16 for n in range(4)]
+    chunks = [dataclasses.replace(record(chunk_id), written_s=100.0 + n) for n, chunk_id in enumerate(ids)]
+    for chunk in chunks:
+        tables.put_chunk(chunk, values(chunk.chunk_id))
+    tables.delete_chunks(ids[:2])
+    tables._chunks.put(ids[0], chunks[0].pack())
+    (garbage,) = reclaim_all(tables)
+    assert len(garbage.chunks) == 2
+    assert [tables.layer(chunk, 2) is not None for chunk in chunks] == [True, False, True, True]
+    assert tables.garbage() == []
+    tables.close()
+
+
+def reclaim_all(tables: Tables) -> list[Garbage]:
+    """As the worker does it."""
+    tables.flush()
+    found = tables.garbage()
+    for garbage in found:
+        before = tables.physical_bytes()
+        tables.bury(garbage)
+        tables.reclaim(garbage)
+        tables.reclaimed(garbage)
+        assert tables.physical_bytes() <= before + tables.headroom_bytes
+        tables.flush()
+    return found
 
 
 def occurrences(directory: Path, marker: bytes) -> int:
