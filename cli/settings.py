@@ -76,6 +76,9 @@ class Settings(BaseModel):
     )
     dram: Size = Field(GIB, description="size of the DRAM tier, such as 512MiB")
     ssd: Size = Field(8 * GIB, description="size of the SSD tier; 0 switches it off")
+    ssd_write_budget: Size | None = Field(
+        None, description="bytes that may be written to the SSD in a day, such as 200GiB; no limit if not given"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="number format of weights and KV")
     max_context: int | None = Field(None, ge=1, description="longest context in tokens; the model's own if not given")
@@ -187,6 +190,7 @@ class Settings(BaseModel):
             endpoint=self.kvdaemon_endpoint,
             dram_bytes=self.dram,
             ssd_bytes=self.ssd,
+            ssd_write_budget_bytes=self.ssd_write_budget,
             verify=self.verify,
             metrics_host=self.metrics_host,
             metrics_port=self.metrics_port_kvdaemon,

@@ -6,7 +6,7 @@ A chunk is in DRAM (LOADING or READY in a slot), on SSD, or both; an entry in ne
                  └────place────────────────────────▶ READY
     on SSD:   no ──on_ssd──▶ yes ──leave_ssd──▶ no
     dirty:    a chunk whose bytes are in DRAM only and shall be written behind. A chunk that the SSD tier let go of for
-              room is *not* dirty again: it would be written and evicted in a circle.
+              room is *not* dirty again: it would be written and evicted in a circle. One that it declined is when used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Residence(Enum):
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """One chunk. Changed by ChunkIndex and LeaseBook only; `writing` by whoever writes it behind."""
+    """One chunk. Changed by ChunkIndex and LeaseBook only; `writing` by who writes it behind, `reused` by the store."""
 
     chunk_id: bytes
     parent_id: bytes
@@ -40,6 +40,8 @@ class Chunk:
     dirty: bool = False
     writing: bool = False
     prefetched: bool = False  # fetched on a hint, and not asked for since
+    reused: bool = False  # asked for since it was saved
+    declined: bool = False  # not admitted to the SSD; clean, though its bytes are in DRAM only
     leases: int = 0
 
     @property
@@ -123,16 +125,22 @@ class ChunkIndex:
             raise InternalError("a chunk that is absent cannot leave DRAM")
         del self._dram[chunk.chunk_id]
         self.mark_clean(chunk)
-        chunk.slot, chunk.generation, chunk.residence, chunk.prefetched = -1, 0, Residence.ABSENT, False
+        chunk.slot, chunk.generation, chunk.residence = -1, 0, Residence.ABSENT
+        chunk.prefetched = chunk.declined = False
         self._forget_if_gone(chunk)
 
     def mark_dirty(self, chunk: Chunk) -> None:
-        chunk.dirty = True
+        chunk.dirty, chunk.declined = True, False
         self._dirty[chunk.chunk_id] = chunk
 
     def mark_clean(self, chunk: Chunk) -> None:
         chunk.dirty = False
         self._dirty.pop(chunk.chunk_id, None)
+
+    def decline(self, chunk: Chunk) -> None:
+        """The SSD tier does not take a dirty chunk."""
+        self.mark_clean(chunk)
+        chunk.declined = True
 
     def on_ssd(self, chunk: Chunk, stored_bytes: int) -> None:
         """The SSD tier holds the chunk; where DRAM does too, it is clean."""

@@ -101,7 +101,9 @@ class KvDaemon:
         self.fetcher = Fetcher(self.store, self.ssd, self.metrics)
         self.prefetcher = Prefetcher(self.store, self.manifests, self.fetcher)
         self.write_behind = (
-            WriteBehind(self.store, self.ssd, config.ssd_bytes, self.metrics) if self.ssd is not None else None
+            WriteBehind(self.store, self.ssd, config.ssd_bytes, self.metrics, config.ssd_write_budget_bytes)
+            if self.ssd is not None
+            else None
         )
         self.catalog = Catalog(self.store, self.manifests, self.ssd)
         self.scrubber = Scrubber(self.store, self.ssd, self.metrics, self._opening, config.scrub_bytes_per_s)
@@ -461,6 +463,11 @@ class KvDaemon:
             "ssd_physical_bytes",
             "What RocksDB takes on the disk, garbage included",
             lambda: self.write_behind.physical_bytes if self.write_behind is not None else 0,
+        )
+        metrics.watch(
+            "ssd_write_budget_bytes",
+            "What may be written to the SSD now; below 0: overdrawn",
+            lambda: self.write_behind.budget_bytes if self.write_behind is not None else 0,
         )
         metrics.watch("degraded", "1 while a tier is missing", lambda: float(bool(self._problem())))
 

@@ -135,8 +135,13 @@ class Store:
             tier: Literal["dram", "ssd"] = "dram" if was_resident else "ssd"
             refs.append(SlotRef(chunk.slot, chunk.generation, chunk.chunk_id, chunk.tokens, tier, verify))
         leased = prefix[: len(refs)]
-        for chunk in reversed(leased):  # the oldest tokens become the warmest: a prefix is worth more than its tail
-            self.index.touch(chunk)
+        for ref, chunk in zip(reversed(refs), reversed(leased), strict=True):
+            self.index.touch(chunk)  # the oldest tokens become the warmest: a prefix is worth more than its tail
+            chunk.reused = True
+            if chunk.declined:  # used again, it is worth more now
+                self.index.mark_dirty(chunk)
+            came_from = "ssd" if chunk.prefetched else ref.tier
+            self._metrics.reused(came_from, chunk.tokens * dram.arena.geometry.token_bytes)
             if chunk.prefetched:
                 chunk.prefetched = False
                 self._metrics.prefetched("used")
@@ -272,6 +277,11 @@ class Store:
     def next_dirty(self, limit: int) -> list[Chunk]:
         """The oldest chunks to write behind that nobody is writing yet."""
         return list(itertools.islice((c for c in self.index.dirty() if not c.writing), limit))
+
+    def decline(self, chunk: Chunk) -> None:
+        """The chunk is not admitted to the SSD. It stays in DRAM until it is evicted; used again, it is dirty again."""
+        self._metrics.declined(chunk.tokens * self._bound().arena.geometry.token_bytes)
+        self.index.decline(chunk)
 
     # -- the SSD tier's books ---------------------------------------------------------------------------------
 
@@ -432,9 +442,9 @@ class Store:
             self._metrics.prefetched("wasted")
         if not chunk.on_ssd:
             self._note_loss(chunk, "evicted")
+        self._metrics.evicted("dram", "declined" if chunk.declined else reason)
         dram.drop(chunk.slot)
         self.index.leave_dram(chunk)
-        self._metrics.evicted("dram", reason)
 
     def _begin_fetch(self, dram: DramTier, chunk: Chunk) -> SsdReadChunk:
         slot = dram.fetch(chunk.chunk_id, chunk.parent_id, chunk.namespace, chunk.tokens)

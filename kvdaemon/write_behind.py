@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from kvdaemon.index import Chunk
+from kvdaemon.placement.admission import WriteBudget
 from kvdaemon.ssd.client import SsdLink
 from kvdaemon.store import Store
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
@@ -27,14 +28,25 @@ _DELETE_AT_ONCE = 64
 class WriteBehind:
     """Two loops beside the service. One event loop owns it."""
 
-    def __init__(self, store: Store, ssd: SsdLink, capacity_bytes: int, metrics: KvDaemonMetrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ssd: SsdLink,
+        capacity_bytes: int,
+        metrics: KvDaemonMetrics,
+        budget_bytes_per_day: int | None = None,
+    ) -> None:
         self.problem = ""  # why nothing can be written; empty while it can
         self.physical_bytes = 0
         self._store = store
         self._ssd = ssd
         self._capacity_bytes = capacity_bytes
         self._metrics = metrics
-        self._corrupt_seen = (0, 0)  # worker's start, its count
+        self._budget = WriteBudget(budget_bytes_per_day, time.monotonic()) if budget_bytes_per_day else None
+        self.disk_written_bytes = 0  # by all workers of this daemon
+        # Of the worker's start of this number, as last heard.
+        self._corrupt_seen = (0, 0)
+        self._written_seen = (0, 0)
 
     @property
     def can_write(self) -> bool:
@@ -49,12 +61,27 @@ class WriteBehind:
             if not chunks:
                 await asyncio.sleep(_IDLE_S)
                 continue
-            await asyncio.gather(*(self._write(chunk) for chunk in chunks))
+            await asyncio.gather(*(self._write(chunk) for chunk in chunks if self._admit(chunk)))
             if self.problem:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _BACKOFF_S[1])
             else:
                 pause_s = _BACKOFF_S[0]
+
+    def _admit(self, chunk: Chunk) -> bool:
+        """Whether the budget allows to write this chunk now."""
+        if self._budget is None or self._store.dram is None:
+            return True
+        size = chunk.tokens * self._store.dram.arena.geometry.token_bytes
+        if self._budget.admits(size, reused=chunk.reused, now_s=time.monotonic()):
+            return True
+        self._store.decline(chunk)
+        return False
+
+    @property
+    def budget_bytes(self) -> float:
+        """What the budget allows to write now; infinite without one."""
+        return self._budget.level_bytes(time.monotonic()) if self._budget is not None else float("inf")
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every dirty chunk is on SSD. False: it was not possible in time."""
@@ -130,6 +157,13 @@ class WriteBehind:
                 self._metrics.corrupt("ssd_database")
         self._metrics.corrupt("ssd_record", max(0, status.corrupt_records - before))
         self._corrupt_seen = (self._ssd.starts, status.corrupt_records)
+        start, before = self._written_seen
+        written = status.written_bytes - (before if start == self._ssd.starts else 0)
+        self._written_seen = (self._ssd.starts, status.written_bytes)
+        self.disk_written_bytes += written
+        self._metrics.written_to_disk(written)
+        if self._budget is not None:
+            self._budget.wrote(self.disk_written_bytes, time.monotonic())
 
     async def _keep_cap_once(self) -> None:
         index = self._store.index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -26,6 +27,28 @@ class KvDaemonMetrics:
         )
         self._written = Counter(
             "cachedattention_written_bytes_total", "KV bytes written to a tier", ["tier"], registry=registry
+        )
+        self._disk_written = Counter(
+            "cachedattention_ssd_disk_written_bytes_total",
+            "Bytes that the SSD worker wrote to files: KV, records, logs, and files rewritten for their space",
+            registry=registry,
+        )
+        self._reused = Counter(
+            "cachedattention_reused_bytes_total",
+            "KV bytes handed out, by the tier that they came from",
+            ["tier"],
+            registry=registry,
+        )
+        self._declined = Counter(
+            "cachedattention_declined_bytes_total",
+            "KV bytes that were not written to the SSD, for its write budget",
+            registry=registry,
+        )
+        self._ssd_written_bytes = self._ssd_reused_bytes = 0
+        self.watch(
+            "ssd_written_bytes_per_reused_byte",
+            "Bytes written to the SSD for each KV byte that was used from it; infinite: none was",
+            self._written_per_reused,
         )
         self._corrupt = Counter(
             "cachedattention_corrupt_total",
@@ -71,6 +94,24 @@ class KvDaemonMetrics:
 
     def written(self, tier: str, size_bytes: int) -> None:
         self._written.labels(tier).inc(size_bytes)
+
+    def written_to_disk(self, size_bytes: int) -> None:
+        """To the SSD tier's files, by whatever."""
+        self._disk_written.inc(size_bytes)
+        self._ssd_written_bytes += size_bytes
+
+    def reused(self, tier: str, size_bytes: int) -> None:
+        self._reused.labels(tier).inc(size_bytes)
+        if tier == "ssd":
+            self._ssd_reused_bytes += size_bytes
+
+    def declined(self, size_bytes: int) -> None:
+        self._declined.inc(size_bytes)
+
+    def _written_per_reused(self) -> float:
+        if self._ssd_reused_bytes == 0:
+            return math.inf if self._ssd_written_bytes else 0.0
+        return self._ssd_written_bytes / self._ssd_reused_bytes
 
     def corrupt(self, where: str, count: int = 1) -> None:
         """where: "dram", "ssd", "adoption", "arena" or "ssd_database"."""

@@ -679,6 +679,7 @@ class SsdStatus:
     error: Str = ""
     moved_aside: Str = ""  # where a damaged database went when this worker started
     corrupt_records: Count = 0  # manifests and chunk records found damaged, and deleted, since this worker started
+    written_bytes: Count = 0  # to files, since this worker started: KV, records, logs, and files rewritten
 
 
 _TAGS = {cls: tag for tag, cls in REGISTRY.items()}

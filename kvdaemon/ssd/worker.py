@@ -522,7 +522,12 @@ class SsdWorker:
     async def _status(self, call: Call, request: SsdStatusRequest) -> SsdStatus:
         tables = self._tables
         return SsdStatus(
-            tables.physical_bytes(), tables.manifests, self._error, self._moved_aside, self._corrupt_records
+            tables.physical_bytes(),
+            tables.manifests,
+            self._error,
+            self._moved_aside,
+            self._corrupt_records,
+            _written_bytes(),
         )
 
     # -- keeping house ------------------------------------------------------------------------------------
@@ -572,6 +577,14 @@ class SsdWorker:
                     log.info("oldest manifests dropped", manifests=dropped)
             except (CapacityError, PeerError) as error:
                 log.warning("manifests cannot be dropped", reason=error.message)
+
+
+def _written_bytes() -> int:
+    """What this process wrote by write(2) and its kin: nearly all of it for RocksDB. 0: the kernel keeps no count."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
+    return 0
 
 
 def _touch(arena: Arena) -> None:

@@ -139,12 +139,15 @@ def test_a_missing_configuration_file(tmp_path: Path) -> None:
 
 def test_configs_of_the_services(tmp_path: Path) -> None:
     settings = load(
-        {"data_dir": str(tmp_path), "no_reuse": True, "dram": "5MiB", "ssd": "6MiB", "retain": "7MiB", "port": "0"}
+        {"data_dir": str(tmp_path), "no_reuse": True, "dram": "5MiB", "ssd": "60MiB", "retain": "7MiB", "port": "0"}
+        | {"ssd_write_budget": "1GiB"}
     )
     gateway, inference, kvdaemon = settings.gateway_config(), settings.inference_config(), settings.kvdaemon_config()
     assert (gateway.port, gateway.data_dir, gateway.database_url) == (0, tmp_path, None)
     assert (inference.reuse, inference.retain_bytes, inference.metrics_port) == (False, 7 * MIB, 9101)
-    assert (kvdaemon.dram_bytes, kvdaemon.ssd_bytes, kvdaemon.metrics_port) == (5 * MIB, 6 * MIB, 9102)
+    assert (kvdaemon.dram_bytes, kvdaemon.ssd_bytes, kvdaemon.metrics_port) == (5 * MIB, 60 * MIB, 9102)
+    assert kvdaemon.ssd_write_budget_bytes == 1024 * MIB
+    assert load({}).kvdaemon_config().ssd_write_budget_bytes is None
     assert gateway.inference_endpoint == inference.endpoint == f"ipc://{settings.run_dir}/inference.sock"
     assert gateway.kvdaemon_endpoint == inference.kvdaemon_endpoint == kvdaemon.endpoint
     assert inference.run_dir == kvdaemon.run_dir == settings.run_dir
