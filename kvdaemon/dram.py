@@ -123,13 +123,16 @@ class DramTier:
         state = self._next(slot, SlotEvent.COMMIT)
         self._disown(slot)
         self.arena.set_identity(slot, chunk_id, parent_id, namespace, tokens)
+        self.arena.seal(slot)
         reach("commit.named")
         self._set(slot, state)
         reach("commit.after")
 
     def loaded(self, slot: int) -> None:
         reach("loaded.before")
-        self._set(slot, self._next(slot, SlotEvent.LOADED))
+        state = self._next(slot, SlotEvent.LOADED)
+        self.arena.seal(slot)
+        self._set(slot, state)
         reach("loaded.after")
 
     def drop(self, slot: int) -> None:

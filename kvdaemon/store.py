@@ -476,7 +476,7 @@ class Store:
 
 
 def intact(arena: Arena, slot: int) -> bool:
-    """Whether every layer of a slot has its checksum. Slow: reads the whole slot."""
+    """Whether a READY slot is sealed and every layer of it has its checksum. Slow: reads the whole slot."""
     tokens = arena.tokens(slot)
     return 0 < tokens <= arena.geometry.chunk_tokens and all(
         arena.verify_layer(slot, layer, tokens) for layer in range(arena.geometry.layers)

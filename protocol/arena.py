@@ -8,7 +8,8 @@ One chunk lies in one slot. Slots describe themselves, so a daemon that starts a
 
 Who writes what: the kvdaemon's front owns `state`, `generation` and `owner`; whoever fills a slot (an
 inference process that reserved it, or the SSD worker) writes data, checksums, `tokens` and `ready_layers`,
-in this order, and identity last of all through the front. A reader holds (slot, generation) from a lease,
+in this order, and identity last of all through the front, which seals it: a digest binds the ids to the checksums, so
+that no slot passes for another's. A reader holds (slot, generation) from a lease,
 checks `generation` and `chunk_id` before and after it copies, and throws the copy away where they moved: the
 front raises the generation *before* a slot is given to anybody else, so a stale reader can never keep foreign
 bytes. Single fields are aligned 8-byte stores, which x86-64 and arm64 never tear; the data-then-flag order
@@ -37,7 +38,7 @@ from protocol.ids import ID_BYTES, digest, new_id
 from protocol.messages import GeometryFields
 
 MAGIC = b"CAttnKV\x00"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PAGE_BYTES = mmap.PAGESIZE
 _HEADER = struct.Struct("<8sIIQQQQQQQ16s16s")
 _PAGE_FAULTS_AT_ONCE = 64 * 1024 * 1024
@@ -108,6 +109,7 @@ _FIXED_FIELDS = (
     ("state", "<u4", 8),
     ("ready_layers", "<u4", 12),
     ("tokens", "<u4", 16),
+    ("seal", "<u8", 24),  # digest of the ids, `tokens` and checksums of what the slot holds
     ("owner", "V16", 32),  # client id of the process that reserved the slot
     ("chunk_id", "V16", 48),
     ("parent_id", "V16", 64),
@@ -115,6 +117,8 @@ _FIXED_FIELDS = (
 )
 _FIXED_BYTES = 96
 _ID_FIELDS = ("owner", "chunk_id", "parent_id", "namespace")
+_VIEWS = ("_table", "_data", "_generation", "_state", "_ready", "_tokens", "_seal", "_checksums", "_ids", "_sealed")
+_SEALED_FROM = 48  # all ids but the owner's, and the checksums behind them
 
 
 def _entry_dtype(geometry: Geometry) -> np.dtype[np.void]:
@@ -141,8 +145,11 @@ class Arena:
         self._state = self._table["state"]
         self._ready = self._table["ready_layers"]
         self._tokens = self._table["tokens"]
+        self._seal = self._table["seal"]
         self._checksums = self._table["checksums"]
         self._ids = {name: self._table[name] for name in _ID_FIELDS}
+        entries = np.frombuffer(mapped, dtype=np.uint8, count=slots * geometry.entry_bytes, offset=PAGE_BYTES)
+        self._sealed = entries.reshape(slots, -1)[:, _SEALED_FROM : _FIXED_BYTES + 8 * geometry.layers]
 
     # -- making and mapping -------------------------------------------------------------------------------
 
@@ -215,7 +222,7 @@ class Arena:
 
     def close(self) -> None:
         """Unmap, if no view made by this object is alive; otherwise the mapping goes with the last view."""
-        for name in ("_table", "_data", "_generation", "_state", "_ready", "_tokens", "_checksums", "_ids"):
+        for name in _VIEWS:
             if hasattr(self, name):
                 delattr(self, name)
         try:
@@ -286,6 +293,17 @@ class Arena:
         self._tokens[slot] = tokens
         self._set_id("chunk_id", slot, chunk_id)
 
+    def seal(self, slot: int) -> None:
+        """Front only, before the slot is READY: what changes in ids, count or checksums from here on is damage."""
+        self._seal[slot] = self._digest(slot)
+
+    def is_sealed(self, slot: int) -> bool:
+        """Whether ids, token count and checksums are those that the front sealed. Only a READY slot can be."""
+        return self._digest(slot) == int(self._seal[slot])
+
+    def _digest(self, slot: int) -> int:
+        return int(xxhash.xxh3_64_intdigest(self._sealed[slot].data, seed=self.tokens(slot)))
+
     def free(self, slot: int) -> None:
         """Front only: make the slot FREE; every reader of the old generation notices from here on."""
         self._generation[slot] = int(self._generation[slot]) + 1
@@ -315,6 +333,7 @@ class Arena:
         start = slot * self.geometry.slot_bytes
         self._data[start : start + self.geometry.slot_bytes] = 0
         self._checksums[slot] = 0
+        self._seal[slot] = 0
         self._tokens[slot] = 0
         for name in _ID_FIELDS:
             self._set_id(name, slot, bytes(ID_BYTES))
@@ -328,7 +347,12 @@ class Arena:
         return unused * (self.geometry.key_bytes + self.geometry.value_bytes)
 
     def verify_layer(self, slot: int, layer: int, tokens: int) -> bool:
-        """Whether the bytes of a layer have the checksum that their writer noted."""
+        """Whether the bytes of a layer have the checksum that their writer noted, and the checksum is this chunk's.
+
+        While a slot is being filled there is no seal yet: its checksums are as good as their writer.
+        """
+        if int(self._state[slot]) == SlotState.READY and not self.is_sealed(slot):
+            return False
         return layer_checksum(*self.layer(slot, layer, tokens)) == self.checksum(slot, layer)
 
     def _id(self, name: str, slot: int) -> bytes:

@@ -115,6 +115,7 @@ def _verification(arena_mib: int) -> Figure:
                 arena.layer(slot, layer, geometry.chunk_tokens)[0][:] = 0
                 arena.set_layer_ready(slot, layer, checksum)
             arena.set_identity(slot, new_id(), ROOT, ROOT, geometry.chunk_tokens)
+            arena.seal(slot)
         started = time.perf_counter()
         findings = adoption.survey(arena)
         seconds = time.perf_counter() - started

@@ -60,4 +60,5 @@ def filled_arena(path: Path, chunks: int) -> Arena:
         arena.take(slot, SlotState.READY, ROOT)
         arena.set_layer_ready(slot, 0, checksum)
         arena.set_identity(slot, record.chunk_id, record.parent_id, record.namespace, 1)
+        arena.seal(slot)
     return arena

@@ -1,9 +1,9 @@
 """RocksDB as we use it: four column families, and what is a key and a value in each.
 
     layers     time + chunk id + layer                 ->  keys, then values, of the chunk's tokens
-    chunks     chunk id                                ->  ChunkRecord, MessagePack
+    chunks     chunk id                                ->  seal (8 bytes), then the ChunkRecord, MessagePack
     retired    time + chunk id                         ->  layers and bytes of a deleted chunk that still takes space
-    manifests  turn key                                ->  seconds since 1970 (8 bytes), then the message's frame
+    manifests  turn key                                ->  seal, seconds since 1970 (8 bytes), the message's frame
 
 A chunk is written in one atomic batch without the write-ahead log: it is in DRAM too, and losing the last seconds of
 them costs recomputing. Manifests are small and precious and go through the log.
@@ -30,6 +30,7 @@ from typing import Any
 
 import msgpack
 import rocksdict
+import xxhash
 
 from kvdaemon.failpoints import reach
 from kvdaemon.ssd.garbage import Garbage, Retired, TableFile, by_file
@@ -51,6 +52,7 @@ _LAYER = struct.Struct(">H")
 _RETIRED = struct.Struct(">HQ")
 _LOOK_AGAIN_S = 0.1  # at the files' sizes
 _SAVED_AT = struct.Struct(">d")
+_SEAL = struct.Struct(">Q")
 _FAMILIES = ("layers", "chunks", "retired", "manifests")
 
 
@@ -80,13 +82,14 @@ class ChunkRecord:
     checksums: tuple[int, ...]
 
     def pack(self) -> bytes:
-        return bytes(msgpack.packb(astuple(self)[1:]))
+        return _sealed(self.chunk_id, bytes(msgpack.packb(astuple(self)[1:])))
 
     @classmethod
     def unpack(cls, chunk_id: bytes, raw: bytes) -> ChunkRecord:
-        """Raises PeerProtocolError: not a record."""
+        """Raises PeerProtocolError: not a record, or another chunk's."""
         try:
-            parent, namespace, geometry, tokens, size, written_s, checksums = msgpack.unpackb(raw, use_list=False)
+            body = _unsealed(chunk_id, raw)
+            parent, namespace, geometry, tokens, size, written_s, checksums = msgpack.unpackb(body, use_list=False)
             record = cls(chunk_id, parent, namespace, geometry, int(tokens), int(size), float(written_s), checksums)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise PeerProtocolError(f"damaged record of chunk {chunk_id.hex()}") from error
@@ -266,7 +269,7 @@ class Tables:
     # -- manifests ----------------------------------------------------------------------------------------
 
     def put_manifest(self, manifest: Manifest) -> None:
-        value = _SAVED_AT.pack(time.time()) + encode(Frame("part", 0, manifest))
+        value = _sealed(manifest.turn_key, _SAVED_AT.pack(time.time()) + encode(Frame("part", 0, manifest)))
         with _translated():
             reach("put_manifest.before")
             self._manifests.put(manifest.turn_key, value)
@@ -310,7 +313,7 @@ class Tables:
         saved: list[tuple[bytes, bytes]] = []
         for turn_key, value in self._manifests.items():
             assert isinstance(turn_key, bytes)  # raw mode
-            saved.append((value[: _SAVED_AT.size], turn_key))
+            saved.append((value[_SEAL.size : _SEAL.size + _SAVED_AT.size], turn_key))
         saved.sort()
         victims = saved[: int(len(saved) * share)]
         for _, turn_key in victims:
@@ -442,11 +445,25 @@ def _layer_key(record: ChunkRecord, layer: int) -> bytes:
 
 def _unpack_manifest(turn_key: bytes, raw: bytes) -> tuple[float, Manifest]:
     """When it was saved, and the manifest. Raises PeerProtocolError: damaged."""
-    body = decode(raw[_SAVED_AT.size :]).body
+    value = _unsealed(turn_key, raw)
+    body = decode(value[_SAVED_AT.size :]).body
     if not isinstance(body, Manifest) or body.turn_key != turn_key:
         raise PeerProtocolError(f"damaged manifest {turn_key.hex()}")
-    (saved_s,) = _SAVED_AT.unpack_from(raw)
+    (saved_s,) = _SAVED_AT.unpack_from(value)
     return float(saved_s), body
+
+
+def _sealed(key: bytes, value: bytes) -> bytes:
+    """The value behind a digest that binds it to its key: RocksDB's own checksums know nothing of which is whose."""
+    return _SEAL.pack(xxhash.xxh3_64_intdigest(key + value)) + value
+
+
+def _unsealed(key: bytes, raw: bytes) -> bytes:
+    """Raises PeerProtocolError: not what was put under this key."""
+    value = raw[_SEAL.size :]
+    if len(raw) < _SEAL.size or _SEAL.unpack_from(raw) != (xxhash.xxh3_64_intdigest(key + value),):
+        raise PeerProtocolError(f"damaged value of {key.hex()}")
+    return value
 
 
 def _walk(family: rocksdict.Rdict, after: bytes) -> Iterator[tuple[bytes, bytes]]:

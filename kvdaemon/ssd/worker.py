@@ -224,7 +224,7 @@ class SsdWorker:
                 continue
             size = record.tokens * (geometry.key_bytes + geometry.value_bytes)
             if value is None:
-                arrival.outcome = "missing"
+                arrival.outcome = "corrupt" if self._is_unchanged(record) else "missing"
                 continue
             if len(value) != size or xxhash.xxh3_64_intdigest(value) != record.checksums[layer]:
                 arrival.outcome = "corrupt"
@@ -240,6 +240,12 @@ class SsdWorker:
             reach("layer.copied")
             arena.set_layer_ready(arrival.slot, layer, record.checksums[layer])
             reach("layer.after")
+
+    def _is_unchanged(self, record: ChunkRecord) -> bool:
+        """Whether the tables still have this very record. False: deleted or written anew since it was read."""
+        with contextlib.suppress(PeerProtocolError):
+            return self._tables.record(record.chunk_id) == record
+        return True
 
     async def _forget(self, chunk_ids: list[bytes]) -> None:
         async with self._turns.turn(BACKGROUND):
@@ -277,7 +283,7 @@ class SsdWorker:
         parent_id, namespace = arena.parent_id(slot), arena.namespace(slot)
         if not arena.is_current(slot, generation, chunk_id) or arena.state(slot) is not SlotState.READY:
             return SsdWritten(0, "stale")
-        if not 0 < tokens <= geometry.chunk_tokens:
+        if not 0 < tokens <= geometry.chunk_tokens or not arena.is_sealed(slot):
             return SsdWritten(0, "corrupt")
         needed = tokens * geometry.token_bytes
         if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
@@ -433,10 +439,7 @@ class SsdWorker:
             async with self._turns.turn(BACKGROUND):
                 if await self._in_thread(partial(self._has_checksum, record, layer)):
                     continue
-                with contextlib.suppress(PeerProtocolError):
-                    # Deleted, or written anew, since its record was read.
-                    return await self._in_thread(lambda: self._tables.record(record.chunk_id)) != record
-                return False
+                return not await self._in_thread(lambda: self._is_unchanged(record))
         return True
 
     def _has_checksum(self, record: ChunkRecord, layer: int) -> bool:

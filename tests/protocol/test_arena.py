@@ -255,6 +255,37 @@ def test_a_reader_notices_that_its_slot_was_given_away(arena: Arena) -> None:
     assert not arena.is_current(0, generation, old)
 
 
+@pytest.mark.parametrize("field", ["chunk_id", "parent_id", "namespace", "tokens", "checksum", "seal", "another's"])
+def test_a_seal_binds_a_chunk_to_its_checksums(arena: Arena, field: str) -> None:
+    """A bit of the ids, the count or any checksum; also where bytes and checksums are whole, but another chunk's."""
+    for slot in (0, 1):
+        arena.take(slot, SlotState.RESERVED, b"w" * 16)
+        for layer in range(GEOMETRY.layers):
+            fill(arena, slot, layer, slot)
+        arena.set_identity(slot, new_id(), new_id(), new_id(), 16)
+        arena.seal(slot)
+        arena.set_state(slot, SlotState.READY)
+        assert arena.is_sealed(slot)
+        assert all(arena.verify_layer(slot, layer, 16) for layer in range(GEOMETRY.layers))
+    match field:
+        case "tokens":
+            arena._tokens[0] ^= 1
+        case "checksum":
+            arena._checksums[0, GEOMETRY.layers - 1] ^= 1
+        case "seal":
+            arena._seal[0] ^= 1
+        case "another's":
+            arena._checksums[0] = arena._checksums[1]
+            for layer in range(GEOMETRY.layers):
+                for mine, other in zip(arena.layer(0, layer, 16), arena.layer(1, layer, 16), strict=True):
+                    mine[:] = other
+        case _:
+            arena._set_id(field, 0, arena._id(field, 0)[:-1] + b"?")
+    assert not arena.is_sealed(0)
+    assert not any(arena.verify_layer(0, layer, 16) for layer in range(GEOMETRY.layers))
+    assert arena.is_sealed(1)
+
+
 def test_layers_become_ready_in_order_with_their_checksums(arena: Arena) -> None:
     arena.take(0, SlotState.LOADING, bytes(16))
     for layer in range(GEOMETRY.layers):
