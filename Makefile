@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint types imports check format equality soak chaos compose-test bench test-gpu clean
+.PHONY: help run install test lint types imports check format equality soak chaos kills damage compose-test bench test-gpu clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -70,6 +70,12 @@ soak: $(INSTALLED_TEST)  ## thousands of turns; watches memory
 
 chaos: $(INSTALLED_TEST)  ## kills processes during turns
 	$(BIN)/python -m pytest -m slow tests/faults $(ARGS)
+
+kills: $(INSTALLED_TEST)  ## 350 kills at named places and at random, against a record of what was saved (an hour)
+	KILLS=300 $(BIN)/python -m pytest -rP tests/faults/test_kills.py $(ARGS)
+
+damage: $(INSTALLED_TEST)  ## thousands of flipped bits, swapped records, cut files (an hour)
+	DAMAGES=1000 $(BIN)/python -m pytest -rP tests/faults/test_damage.py $(ARGS)
 
 compose-test:  ## build the image, run compose.yaml in a Docker engine of its own (root; minutes)
 	tests/compose/run
