@@ -4,6 +4,7 @@
 every point that is reached looks into the file, which arms at most one of them by a line of its own:
 
     commit.named stop               the process stops (SIGSTOP) at this very place; the file is renamed to *.reached
+    put.before hold                 it waits there until the file goes
     flush.before sleep 0.5          as often as it is reached, until the file goes
     put.before fail No space left   the same
 
@@ -89,22 +90,29 @@ def _nothing(point: Point) -> None:
 def armed_by(path: Path) -> Callable[[Point], None]:
     """`reach` as the file at `path` has it be."""
 
-    def reach(point: Point) -> None:
+    def armed(point: Point) -> list[str]:
+        """The action for a point, and its argument; nothing, if it is not armed."""
         try:
-            name, action, *argument = path.read_text().rstrip("\n").split(" ", 2)
+            name, *action = path.read_text().rstrip("\n").split(" ", 2)
         except FileNotFoundError:
-            return
-        if name != point:
-            return
-        match action, argument:
-            case "stop", []:
+            return []
+        return action if name == point else []
+
+    def reach(point: Point) -> None:
+        match armed(point):
+            case []:
+                return
+            case ["stop"]:
                 _stop(path)
-            case "sleep", [seconds]:
+            case ["hold"]:
+                while armed(point) == ["hold"]:
+                    time.sleep(0.01)
+            case ["sleep", seconds]:
                 time.sleep(float(seconds))
-            case "fail", [text]:
+            case ["fail", text]:
                 raise InjectedFault(text)
-            case _:
-                raise ValueError(f"a fail point cannot {action}")
+            case action:
+                raise ValueError(f"a fail point cannot {' '.join(action)}")
 
     return reach
 

@@ -17,6 +17,7 @@ log = get_logger(__name__)
 
 _IN_FLIGHT = 4
 _IDLE_S = 0.05
+_SLOW_S = 5.0  # a write that takes longer: the disk is too slow, and DRAM goes on without it
 _BACKOFF_S = (0.5, 10.0)
 _CAP_CHECK_S = 0.1
 _STATUS_S = 1.0
@@ -36,8 +37,10 @@ class WriteBehind:
         metrics: KvDaemonMetrics,
         budget_bytes_per_day: int | None = None,
     ) -> None:
-        self.problem = ""  # why nothing can be written; empty while it can
         self.physical_bytes = 0
+        self._problem = ""  # of the latest write
+        self._worker_error = ""  # since RocksDB's last flush
+        self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
         self._store = store
         self._ssd = ssd
         self._capacity_bytes = capacity_bytes
@@ -47,6 +50,11 @@ class WriteBehind:
         # Of the worker's start of this number, as last heard.
         self._corrupt_seen = (0, 0)
         self._written_seen = (0, 0)
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be written; empty while it can."""
+        return self._problem or self._worker_error
 
     @property
     def can_write(self) -> bool:
@@ -96,6 +104,7 @@ class WriteBehind:
         generation = chunk.generation
         started = time.monotonic()
         chunk.writing = True
+        self._under_way[chunk.chunk_id] = started
         try:
             written = await self._ssd.write(chunk.slot, generation)
         except CapacityError as error:
@@ -110,10 +119,11 @@ class WriteBehind:
             return
         finally:
             chunk.writing = False
+            del self._under_way[chunk.chunk_id]
         if written.outcome == "ok":
-            if self.problem:
+            if self._problem:
                 log.info("writing to SSD again")
-                self.problem = ""
+                self._problem = ""
             self._metrics.saved_to_ssd(time.monotonic() - started)
             self._store.written_behind(chunk, written.bytes)
         elif chunk.generation == generation and self._store.index.get(chunk.chunk_id) is chunk:
@@ -122,9 +132,9 @@ class WriteBehind:
             self._store.quarantine(chunk)
 
     def _report(self, problem: str) -> None:
-        if not self.problem:
+        if not self._problem:
             log.error("SSD tier cannot be written; DRAM goes on", reason=problem)
-        self.problem = problem
+        self._problem = problem
 
     def _has_room(self) -> bool:
         """Whether the next chunks fit under the cap, garbage included."""
@@ -137,6 +147,8 @@ class WriteBehind:
         asked_s = float("-inf")
         while True:
             await asyncio.sleep(_CAP_CHECK_S)
+            if self._under_way and time.monotonic() - min(self._under_way.values()) > _SLOW_S:
+                self._report(f"the disk is too slow: a write takes longer than {_SLOW_S:.0f} s")
             if not self._ssd.is_up:
                 continue
             try:
@@ -150,6 +162,7 @@ class WriteBehind:
     async def _ask_status(self) -> None:
         status = await self._ssd.status()
         self.physical_bytes = status.physical_bytes
+        self._worker_error = status.error
         start, before = self._corrupt_seen
         if start != self._ssd.starts:
             before = 0

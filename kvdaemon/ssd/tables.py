@@ -19,6 +19,7 @@ to 4.2 of separated blobs, equal from the disk (0.7); direct I/O reads 0.5 to 0.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import struct
@@ -53,11 +54,16 @@ _RETIRED = struct.Struct(">HQ")
 _LOOK_AGAIN_S = 0.1  # at the files' sizes
 _SAVED_AT = struct.Struct(">d")
 _SEAL = struct.Struct(">Q")
+_REFUSALS = tuple(map(os.strerror, (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENOMEM)))
 _FAMILIES = ("layers", "chunks", "retired", "manifests")
 
 
 class DamagedDatabase(PeerError):
     """RocksDB reports corruption of the database itself, not of one record of ours."""
+
+
+class Refused(PeerError):
+    """The operating system refuses, by a right or a limit; nothing says that the database is damaged."""
 
 
 class DatabaseInUse(PeerError):
@@ -103,7 +109,7 @@ class Tables:
     """An open database. One thread at a time; every call may take as long as the disk does."""
 
     def __init__(self, path: Path, capacity_bytes: int = 8 * _GIB) -> None:
-        """Opens or makes the database. Raises DamagedDatabase, CapacityError, PeerError: the disk says no.
+        """Opens or makes the database. Raises DamagedDatabase, CapacityError, Refused, PeerError: the disk says no.
 
         capacity_bytes: what it shall take on the disk; it gives files their size. The caller asks for `used_bytes`.
         """
@@ -529,6 +535,8 @@ def _translated() -> Iterator[None]:
             raise CapacityError(f"the disk is full: {text}") from error
         if "/LOCK:" in text or "lock hold by" in text:
             raise DatabaseInUse(text) from error
+        if any(reason in text for reason in _REFUSALS):
+            raise Refused(text) from error
         if "Corruption" in text:
             raise DamagedDatabase(text) from error
         if "Incomplete" in text or "incomplete" in text:

@@ -32,7 +32,7 @@ import xxhash
 
 from kvdaemon.failpoints import reach
 from kvdaemon.ssd.garbage import Garbage
-from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Stalled, Tables
+from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Refused, Stalled, Tables
 from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
 from protocol.arena import Arena, SlotState, exclusive
@@ -107,7 +107,7 @@ class SsdWorker:
         self._compaction = ThreadPoolExecutor(1, thread_name_prefix="compaction")
         self._reclaiming = asyncio.Lock()
         self._write_failures = 0
-        self._error = ""
+        self._error = ""  # of RocksDB, since its last flush
         self._corrupt_records = 0
         self._background: list[asyncio.Task[None]] = []
         self._touching: asyncio.Task[None] | None = None
@@ -261,15 +261,11 @@ class SsdWorker:
             try:
                 async with self._turns.turn(BACKGROUND):
                     written = await self._in_thread(lambda: self._copy_out(arena, slot, request.generation))
-            except CapacityError as error:
-                self._error = error.message
-                raise
             except PeerError as error:
                 self._note_failure(error)
                 raise
             if written is not None:
                 self._write_failures = 0
-                self._error = ""
                 return written
             # RocksDB flushes behind its limit, or room is being made. Nobody waits for a write; reads go on meanwhile.
             if time.monotonic() + 1.0 > call.deadline_s:
@@ -539,13 +535,13 @@ class SsdWorker:
         """Chunks have no log: what was not flushed dies with the process, so flush while it is little."""
         while True:
             await asyncio.sleep(_FLUSH_S)
-            if not self._tables.has_unflushed_chunks:
+            if not (self._tables.has_unflushed_chunks or self._error):
                 continue
             try:
                 async with self._turns.turn(BACKGROUND):
                     await self._in_thread(self._tables.flush)
+                self._error = ""
             except CapacityError as error:
-                self._error = error.message
                 self._note_failure(PeerError(error.message))  # a flush that failed is not taken up again by itself
             except PeerError as error:
                 self._note_failure(error)
@@ -614,7 +610,7 @@ def open_tables(path: Path, capacity_bytes: int) -> tuple[Tables, str]:
         moved_aside = _move_aside(path)
     try:
         tables = Tables(path, capacity_bytes)
-    except (CapacityError, DatabaseInUse):
+    except (CapacityError, DatabaseInUse, Refused):
         raise
     except PeerError as error:
         log.error("RocksDB cannot be opened", reason=error.message)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,7 +73,14 @@ def test_other_actions_last_until_the_file_goes(tmp_path: Path) -> None:
     reach("put.before")
     reach("put.after")
     assert time.monotonic() - started >= 0.05
+    control.write_text("put.after hold\n")
+    held = threading.Thread(target=reach, args=("put.after",))
+    held.start()
+    held.join(0.05)
+    assert held.is_alive()
     control.write_text("put.after dance\n")
+    held.join(10.0)
+    assert not held.is_alive()
     with pytest.raises(ValueError, match="cannot dance"):
         reach("put.after")
     control.unlink()
