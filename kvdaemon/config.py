@@ -9,7 +9,7 @@ from typing import Literal
 from protocol.errors import ConfigError
 from protocol.rpc import Curve
 
-LEAST_SSD_BYTES = 16 * 1024 * 1024
+LEAST_SSD_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)

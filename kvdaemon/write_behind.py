@@ -22,7 +22,7 @@ _BACKOFF_S = (0.5, 10.0)
 _CAP_CHECK_S = 0.1
 _STATUS_S = 1.0
 # Of the cap: RocksDB holds garbage until it compacts, so live chunks get less than all of it.
-_HIGH, _LOW = 0.85, 0.75
+_HIGH, _LOW = 0.82, 0.77
 _DELETE_AT_ONCE = 64
 
 
@@ -40,6 +40,7 @@ class WriteBehind:
         self.physical_bytes = 0
         self._problem = ""  # of the latest write
         self._worker_error = ""  # since RocksDB's last flush
+        self._is_full = False  # says the worker: chunks must go before another can come
         self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
         self._store = store
         self._ssd = ssd
@@ -126,6 +127,9 @@ class WriteBehind:
                 self._problem = ""
             self._metrics.saved_to_ssd(time.monotonic() - started)
             self._store.written_behind(chunk, written.bytes)
+        elif written.outcome == "full":
+            self._is_full = True
+            await asyncio.sleep(_CAP_CHECK_S)
         elif chunk.generation == generation and self._store.index.get(chunk.chunk_id) is chunk:
             # The slot is still this chunk's, as far as we know, but it does not hold what was committed.
             log.error("a chunk in DRAM is corrupt", chunk=chunk.chunk_id.hex(), outcome=written.outcome)
@@ -180,12 +184,15 @@ class WriteBehind:
 
     async def _keep_cap_once(self) -> None:
         index = self._store.index
-        if index.ssd_bytes <= self._capacity_bytes * _HIGH:
+        high = self._capacity_bytes * _HIGH
+        if self._is_full:  # what RocksDB adds to the chunks is more than we thought
+            high = min(high, float(index.ssd_bytes))
+        elif index.ssd_bytes <= high:
             return
-        while index.ssd_bytes > self._capacity_bytes * _LOW:
-            victims = self._store.evict_from_ssd(
-                int(index.ssd_bytes - self._capacity_bytes * _LOW), limit=_DELETE_AT_ONCE
-            )
+        self._is_full = False
+        low = high * _LOW / _HIGH
+        while index.ssd_bytes > low:
+            victims = self._store.evict_from_ssd(int(index.ssd_bytes - low), limit=_DELETE_AT_ONCE)
             if not victims:
                 return
             await self._ssd.delete(victims)

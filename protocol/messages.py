@@ -578,7 +578,8 @@ class SsdReadDone:
 @message("ssd_written")
 class SsdWritten:
     bytes: Count
-    outcome: Literal["ok", "stale", "corrupt"]  # corrupt: the slot's bytes do not have its checksums
+    outcome: Literal["ok", "stale", "corrupt", "full"]
+    # corrupt: the slot's bytes do not have its checksums; full: chunks must leave the tier before another can come
 
 
 @message("ssd_delete")

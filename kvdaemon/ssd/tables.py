@@ -111,12 +111,13 @@ class Tables:
     def __init__(self, path: Path, capacity_bytes: int = 8 * _GIB) -> None:
         """Opens or makes the database. Raises DamagedDatabase, CapacityError, Refused, PeerError: the disk says no.
 
-        capacity_bytes: what it shall take on the disk; it gives files their size. The caller asks for `used_bytes`.
+        capacity_bytes: what it shall take on the disk; it gives files their size, `file_bytes` and no more than a chunk
+        beside. The caller asks for `used_bytes`.
         """
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
-        self._file_bytes = min(max(int(capacity_bytes * _FILE_SHARE), _FILE_BYTES[0]), _FILE_BYTES[1])
-        options = _options(self._file_bytes)
+        self.file_bytes = min(max(int(capacity_bytes * _FILE_SHARE), _FILE_BYTES[0]), _FILE_BYTES[1])
+        options = _options(self.file_bytes)
         with _translated():
             self._db = rocksdict.Rdict(str(path), options=options, column_families=dict.fromkeys(_FAMILIES, options))
         self._layers, self._chunks, self._retired, self._manifests = map(self._db.get_column_family, _FAMILIES)
@@ -126,7 +127,6 @@ class Tables:
         # A stalled write would hold the interpreter lock, and the heartbeat with it; a refused one is tried again.
         self._unlogged.no_slowdown = True
         self.has_unflushed_chunks = False
-        self._largest_chunk_bytes = 0
         self._looked_s = float("-inf")
         self._used_then = 0  # when we looked
         self._put_since = 0
@@ -146,7 +146,6 @@ class Tables:
             self._db.write(batch, self._unlogged)
             reach("put.after")
         self.has_unflushed_chunks = True
-        self._largest_chunk_bytes = max(self._largest_chunk_bytes, record.size_bytes)
         self._put_since += record.size_bytes
 
     def record(self, chunk_id: bytes) -> ChunkRecord | None:
@@ -392,11 +391,6 @@ class Tables:
             self._used_then = waiting + self.physical_bytes()
         return self._used_then + self._put_since
 
-    @property
-    def headroom_bytes(self) -> int:
-        """What the rewriting of a file may take for a while, beside all that is there."""
-        return 2 * (self._file_bytes + self._largest_chunk_bytes)
-
     def close(self) -> None:
         """Flush and close. Raises as put_chunk; closed all the same."""
         try:
@@ -423,6 +417,7 @@ def _options(file_bytes: int) -> rocksdict.Options:
     options.set_keep_log_file_num(2)
     options.set_max_log_file_size(min(file_bytes, 4 * _MIB))
     options.set_manifest_preallocation_size(64 * 1024)
+    options.set_max_total_wal_size(2 * file_bytes)
     table = rocksdict.BlockBasedOptions()
     table.set_block_cache(rocksdict.Cache(_BLOCK_CACHE_BYTES))
     table.set_bloom_filter(10, False)

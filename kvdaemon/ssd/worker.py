@@ -75,8 +75,10 @@ _PIECE_BYTES = 8 * 1024 * 1024  # read in one go before somebody else may have a
 _SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
 _WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
 _SCRUB_PAGE = 512  # records; more than the 256 blocks that a listing can find unreadable, so that it gets on
-_MANIFEST_SHARE = 0.05  # of the SSD tier's capacity
-_RECLAIM_SHARE = 0.96  # of the capacity, less the headroom that rewriting needs; the front lets chunks go long before
+# Shares of the SSD tier's capacity. Manifests wait for nothing, so chunks leave room for as many as there may be.
+_MANIFEST_SHARE = 0.04
+_CHUNK_SHARE = 1 - _MANIFEST_SHARE  # less the headroom that rewriting needs; the front lets chunks go long before
+_RECLAIM_BELOW = 0.015  # that limit: room is made before a write has to wait for it
 _RECLAIM_S = 0.2
 _RECLAIM_PATIENCE_S = 60.0
 DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
@@ -106,6 +108,8 @@ class SsdWorker:
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._compaction = ThreadPoolExecutor(1, thread_name_prefix="compaction")
         self._reclaiming = asyncio.Lock()
+        self._largest_bytes = 0  # of a chunk, so far
+        self._is_full = False  # and nothing can be reclaimed
         self._write_failures = 0
         self._error = ""  # of RocksDB, since its last flush
         self._corrupt_records = 0
@@ -252,6 +256,12 @@ class SsdWorker:
             with contextlib.suppress(PeerError, CapacityError):  # found corrupt again when read again
                 await self._in_thread(lambda: self._tables.delete_chunks(chunk_ids))
 
+    @property
+    def _limit_bytes(self) -> float:
+        """What all files may take when a chunk has been written: the rewriting of a file needs the rest for a while."""
+        headroom = 2 * (self._tables.file_bytes + self._largest_bytes)
+        return self._capacity_bytes * _CHUNK_SHARE - headroom
+
     # -- writing ------------------------------------------------------------------------------------------
 
     async def _write(self, call: Call, request: SsdWrite) -> SsdWritten:
@@ -264,7 +274,8 @@ class SsdWorker:
             except PeerError as error:
                 self._note_failure(error)
                 raise
-            if written is not None:
+            # Full: either what was deleted gives its space back soon, or there is nothing, and the front must choose.
+            if written is not None and (written.outcome != "full" or self._is_full):
                 self._write_failures = 0
                 return written
             # RocksDB flushes behind its limit, or room is being made. Nobody waits for a write; reads go on meanwhile.
@@ -284,8 +295,10 @@ class SsdWorker:
         needed = tokens * geometry.token_bytes
         if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
             raise CapacityError(f"the disk of {self._tables.path} is full")
-        if self._tables.used_bytes() + needed > self._capacity_bytes - self._tables.headroom_bytes:
-            return None
+        self._largest_bytes = max(self._largest_bytes, needed)
+        if self._tables.used_bytes() + needed > self._limit_bytes:
+            return SsdWritten(0, "full")
+        self._is_full = False
         layers = [b"".join(view.data for view in arena.layer(slot, layer, tokens)) for layer in range(geometry.layers)]
         checksums = tuple(arena.checksum(slot, layer) for layer in range(geometry.layers))
         if not arena.is_current(slot, generation, chunk_id):
@@ -313,6 +326,7 @@ class SsdWorker:
 
     async def _delete(self, call: Call, request: SsdDelete) -> Ack:
         await self._patiently(lambda: self._tables.delete_chunks(request.chunk_ids), call.deadline_s)
+        self._is_full = False
         return Ack()
 
     # -- looking ------------------------------------------------------------------------------------------
@@ -551,7 +565,7 @@ class SsdWorker:
         tables = self._tables
         while True:
             await asyncio.sleep(_RECLAIM_S)
-            limit = self._capacity_bytes * _RECLAIM_SHARE - tables.headroom_bytes
+            limit = self._limit_bytes - max(self._capacity_bytes * _RECLAIM_BELOW, 2 * self._largest_bytes)
             if tables.used_bytes() <= limit:
                 continue
             try:
@@ -561,6 +575,7 @@ class SsdWorker:
                         if tables.used_bytes() <= limit:
                             break
                         await self._reclaim(each, time.monotonic() + _RECLAIM_PATIENCE_S)
+                    self._is_full = not garbage
             except (CapacityError, PeerError) as error:
                 log.warning("space cannot be given back", reason=error.message)
                 await asyncio.sleep(_FLUSH_S)
@@ -623,6 +638,9 @@ def open_tables(path: Path, capacity_bytes: int) -> tuple[Tables, str]:
 
 
 def _move_aside(path: Path) -> str:
+    """Keep a damaged database beside, in place of one that was kept before: copies must not fill the disk."""
+    for older in path.parent.glob(f"{path.name}.damaged-*"):
+        shutil.rmtree(older)
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns() // 1_000_000}")
     path.rename(aside)
     log.error("the SSD tier starts empty; the damaged database was kept", kept=str(aside))

@@ -1,6 +1,7 @@
 """What a store may and must still have: a record of pending and confirmed saves, kept beside it by who made them.
 
-    save asked ──▶ PENDING ──acknowledged──▶ SAVED ──not found──▶ LOST
+    save asked ──▶ PENDING ──acknowledged, or found──▶ SAVED ──not found──▶ LOST
+                      ▲───a process is killed soon after───┘
     erasure asked ──▶ DOUBTFUL ──receipt──▶ ERASED
 
 What is PENDING, DOUBTFUL or LOST may be there or not; where it is there, its bytes are the ones saved. What was never
@@ -42,6 +43,12 @@ class Expectation(Generic[K]):
             self._fates[key] = Fate.SAVED
             self._saved_s[key] = time.monotonic()
 
+    def killed(self, due_s: float) -> None:
+        """A process was killed: what was saved after due_s may be lost, whether or not anybody looks at once."""
+        for key, fate in self._fates.items():
+            if fate is Fate.SAVED and self._saved_s[key] > due_s:
+                self._fates[key] = Fate.PENDING
+
     def erasing(self, keys: Iterable[K]) -> None:
         for key in keys:
             self._fates[key] = Fate.DOUBTFUL
@@ -55,6 +62,8 @@ class Expectation(Generic[K]):
         fate = self._fates.get(key)
         assert fate is not None, f"{key!r} was never saved"
         assert fate is not Fate.ERASED, f"{key!r} was erased and is back"
+        if fate is Fate.PENDING:
+            self.saved(key)
 
     def missed(self, key: K) -> None:
         """The store has it no more."""
@@ -64,6 +73,6 @@ class Expectation(Generic[K]):
     def with_fate(self, fate: Fate) -> list[K]:
         return [key for key, known in self._fates.items() if known is fate]
 
-    def is_due(self, key: K, at_s: float) -> bool:
-        """Whether it was saved by then, and should be there. at_s: of the monotonic clock."""
-        return self._fates.get(key) is Fate.SAVED and self._saved_s[key] <= at_s
+    def is_due(self, key: K, due_s: float) -> bool:
+        """Whether it was saved by then, and should be there. due_s: of the monotonic clock."""
+        return self._fates.get(key) is Fate.SAVED and self._saved_s[key] <= due_s

@@ -53,7 +53,7 @@ ROUNDS = int(os.environ.get("KILLS", "10"))
 SEED = int(os.environ.get("KILLS_SEED", str(random.SystemRandom().randrange(2**32))))
 _MIB = 1024 * 1024
 _SLOTS = 42  # the traffic has some hundred chunks
-_LARGE = Geometry(layers=3, key_bytes=512, value_bytes=512, chunk_tokens=32)  # the cap is near with fewer chunks
+_LARGE = Geometry(layers=3, key_bytes=1024, value_bytes=1024, chunk_tokens=32)  # the cap is near with fewer chunks
 _CONVERSATIONS, _TURNS = 30, 6
 _REACHED_S = 2.0  # a point that is not reached in this time: killed where it is
 _CHECKED = 15  # conversations compared in a round
@@ -231,7 +231,10 @@ class Kills:
                 self.daemon.start()
         await asyncio.wait_for(work, 60.0)
         await self._recovered(worker)
-        await self._compare(victim, killed_s - _FLUSH_S)
+        due_s = killed_s - _FLUSH_S
+        self.traffic.chunks.killed(due_s)
+        self.traffic.manifests.killed(due_s)
+        await self._compare(victim, due_s)
         await self._balance()
 
     # -- killing ------------------------------------------------------------------------------------------
@@ -453,7 +456,7 @@ def test_kills(tmp_path: Path, ssd: str) -> None:
         if rounds >= 4 * len(pool):
             assert set(pool) <= set(kills.reached), "points that traffic never leads to"
 
-    geometry, ssd_bytes = (SMALL, 1024 * _MIB) if ssd == "large" else (_LARGE, 16 * _MIB)
+    geometry, ssd_bytes = (SMALL, 1024 * _MIB) if ssd == "large" else (_LARGE, 32 * _MIB)
     dram_bytes = _SLOTS * (geometry.slot_bytes + geometry.entry_bytes) + 2 * PAGE_BYTES
     with running_daemon(tmp_path, dram_bytes=dram_bytes, ssd_bytes=ssd_bytes) as daemon:
         control = daemon.run_dir / "failpoint"

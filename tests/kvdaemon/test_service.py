@@ -258,7 +258,7 @@ def test_quarantine_is_checked(daemon: DaemonProcess) -> None:
 
 def test_ssd_cap_is_kept(tmp_path: Path) -> None:
     """Ten times the cap is saved: the SSD tier stays under it, on the disk too, and the newest are the ones kept."""
-    cap = 24 * 1024 * 1024
+    cap = 32 * 1024 * 1024
     geometry = Geometry(layers=4, key_bytes=2048, value_bytes=2048, chunk_tokens=32)  # 512 KiB a chunk
 
     async def main(daemon: DaemonProcess) -> None:
@@ -270,7 +270,7 @@ def test_ssd_cap_is_kept(tmp_path: Path) -> None:
         async def under_cap() -> bool:
             status = await client.status()
             files = sum(p.stat().st_blocks * 512 for p in (daemon.data_dir / "ssd").iterdir())
-            return status.ssd.used_bytes < cap and files <= 1.5 * cap
+            return status.ssd.used_bytes < cap and files <= 1.02 * cap
 
         await eventually(under_cap, "the cap", 30.0)
         assert len(await client.load(newest)) == 8
