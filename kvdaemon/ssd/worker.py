@@ -296,6 +296,10 @@ class SsdWorker:
         if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
             raise CapacityError(f"the disk of {self._tables.path} is full")
         self._largest_bytes = max(self._largest_bytes, needed)
+        if needed > self._limit_bytes:
+            raise CapacityError(
+                f"an SSD tier of {self._capacity_bytes} bytes is too small for chunks of {needed} bytes"
+            )
         if self._tables.used_bytes() + needed > self._limit_bytes:
             return SsdWritten(0, "full")
         self._is_full = False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import pytest
 
 from kvdaemon.ssd.tables import ChunkRecord, Tables
 from kvdaemon.ssd.worker import SsdWorker
 from protocol.arena import Arena, Geometry, SlotState, layer_checksum
+from protocol.errors import CapacityError
 from protocol.messages import Ack, AttachArena, SsdDelete, SsdWrite, SsdWritten
 from protocol.rpc import RpcClient
 
@@ -20,10 +24,10 @@ def chunk_id(n: int) -> bytes:
     return n.to_bytes(16, "little")
 
 
-def arena_with_a_chunk(path: Path) -> Arena:
-    arena = Arena.create(path, _GEOMETRY, 2 * _GEOMETRY.slot_bytes)
+def arena_with_a_chunk(path: Path, geometry: Geometry = _GEOMETRY) -> Arena:
+    arena = Arena.create(path, geometry, 2 * geometry.slot_bytes)
     arena.take(0, SlotState.RESERVED, b"c" * 16)
-    for layer in range(2):
+    for layer in range(geometry.layers):
         arena.set_layer_ready(0, layer, layer_checksum(*arena.layer(0, layer, 32)))
     arena.set_identity(0, b"new chunk new ch", bytes(16), bytes(16), 32)
     arena.seal(0)
@@ -45,21 +49,42 @@ def test_a_full_tier_without_garbage_says_so(tmp_path: Path) -> None:
         tables.flush()
         count += 1
 
-    async def main() -> None:
-        worker = SsdWorker(f"ipc://{tmp_path}/ssd.sock", tables, capacity)
-        await worker.start()
-        client = RpcClient(f"ipc://{tmp_path}/ssd.sock", "kvdaemon")
-        await client.start()
-        await client.wait_connected(10.0)
-        arena = arena_with_a_chunk(tmp_path / "arena")
-        await client.request(AttachArena(str(arena.path), arena.arena_id), Ack, 10.0)
-        write = SsdWrite(0, arena.generation(0))
+    async def main(client: RpcClient, write: SsdWrite) -> None:
         assert await client.request(write, SsdWritten, 30.0) == SsdWritten(0, "full")
         await client.request(SsdDelete(tuple(map(chunk_id, range(count // 4)))), Ack, 10.0)
         assert await client.request(write, SsdWritten, 30.0) == SsdWritten(_GEOMETRY.slot_bytes, "ok")
         assert tables.physical_bytes() < 0.95 * capacity
+
+    asyncio.run(with_worker(tables, capacity, arena_with_a_chunk(tmp_path / "arena"), main))
+
+
+def test_a_chunk_larger_than_the_tier(tmp_path: Path) -> None:
+    """Room that can never be: an error that says so, and degrades the store, instead of a wait."""
+    geometry = Geometry(layers=2, key_bytes=256 * 1024, value_bytes=256 * 1024, chunk_tokens=32)  # 32 MiB
+
+    async def main(client: RpcClient, write: SsdWrite) -> None:
+        with pytest.raises(CapacityError, match="too small for chunks of 33554432 bytes"):
+            await client.request(write, SsdWritten, 30.0)
+
+    tables = Tables(tmp_path / "ssd", 32 * _MIB)
+    arena = arena_with_a_chunk(tmp_path / "arena", geometry)
+    asyncio.run(with_worker(tables, 32 * _MIB, arena, main))
+
+
+async def with_worker(
+    tables: Tables, capacity: int, arena: Arena, test: Callable[[RpcClient, SsdWrite], Awaitable[None]]
+) -> None:
+    """Run a test against a worker of these tables that maps this arena; what it writes is the chunk in slot 0."""
+    endpoint = f"ipc://{tables.path.parent}/ssd.sock"
+    worker = SsdWorker(endpoint, tables, capacity)
+    await worker.start()
+    client = RpcClient(endpoint, "kvdaemon")
+    await client.start()
+    try:
+        await client.wait_connected(10.0)
+        await client.request(AttachArena(str(arena.path), arena.arena_id), Ack, 10.0)
+        await test(client, SsdWrite(0, arena.generation(0)))
+    finally:
         await client.stop()
         await worker.stop()
         arena.close()
-
-    asyncio.run(main())
