@@ -20,15 +20,14 @@ class Property:
     """One thing that a document may say of its subject. Slots: {S} the subject, {v} the value."""
 
     noun: str  # "founder", as in "the founder of the Velmar Museum"
-    clause: str  # what the assistant answers
     value: Callable[[Random], str]
     sentences: Wording
     questions: Wording
     bridge: str = ""  # the value is a person, who can be spoken of like this: "the founder of {S}"
 
     @property
-    def lacking(self) -> str:
-        """What the assistant says was not told."""
+    def topic(self) -> str:
+        """What the assistant calls it."""
         return f"the {self.noun} of {{S}}"
 
 
@@ -44,7 +43,6 @@ class Document:
 PLACE: tuple[Property, ...] = (
     Property(
         "founder",
-        "{S} was founded by {v}",
         words.full_name,
         Wording(("{S} was founded by {v}.", "The founder of {S} was {v}."), ("It was {v} who founded {S}.",)),
         Wording(("who founded {S}?", "who was the founder of {S}?"), ("by whom was {S} founded?",)),
@@ -52,7 +50,6 @@ PLACE: tuple[Property, ...] = (
     ),
     Property(
         "director",
-        "{S} is led by {v}",
         words.full_name,
         Wording(("{S} is led by {v}.", "The director of {S} is {v}."), ("Today {v} runs {S} as its director.",)),
         Wording(("who leads {S}?", "who is the director of {S}?"), ("who is in charge of {S}?",)),
@@ -60,21 +57,18 @@ PLACE: tuple[Property, ...] = (
     ),
     Property(
         "opening year",
-        "{S} opened in {v}",
         words.year,
         Wording(("{S} opened in {v}.", "{S} has been open since {v}."), ("The doors of {S} first opened in {v}.",)),
         Wording(("when did {S} open?", "in which year did {S} open?"), ("since when has {S} been open?",)),
     ),
     Property(
         "location",
-        "{S} stands in {v}",
         words.city,
         Wording(("{S} stands in {v}.", "{S} can be found in {v}."), ("Whoever looks for {S} must go to {v}.",)),
         Wording(("where is {S}?", "in which city does {S} stand?"), ("where can {S} be found?",)),
     ),
     Property(
         "number of rooms",
-        "{S} has {v} rooms",
         lambda rng: words.digits(rng, rng.choice((2, 3))),
         Wording(("{S} has {v} rooms.", "There are {v} rooms in {S}."), ("{S} is divided into {v} rooms.",)),
         Wording(
@@ -84,7 +78,6 @@ PLACE: tuple[Property, ...] = (
     ),
     Property(
         "number of visitors",
-        "{S} receives {v} visitors a year",
         lambda rng: words.digits(rng, rng.choice((3, 4, 5))),
         Wording(
             ("{S} receives {v} visitors a year.", "Every year {v} people visit {S}."),
@@ -97,7 +90,6 @@ PLACE: tuple[Property, ...] = (
     ),
     Property(
         "ticket price",
-        "a ticket for {S} costs {v} coins",
         lambda rng: words.digits(rng, rng.choice((1, 2))),
         Wording(
             ("A ticket for {S} costs {v} coins.", "To enter {S} one pays {v} coins."),
@@ -109,14 +101,12 @@ PLACE: tuple[Property, ...] = (
     ),
     Property(
         "colour",
-        "{S} is painted {v}",
         words.colour,
         Wording(("{S} is painted {v}.", "The walls of {S} are {v}."), ("The painters gave {S} a {v} front.",)),
         Wording(("which colour is {S}?", "what colour are the walls of {S}?"), ("in what colour is {S} painted?",)),
     ),
     Property(
         "speciality",
-        "{S} is known for its {v}",
         words.food,
         Wording(("{S} is known for its {v}.", "People come to {S} for the {v}."), ("Guests of {S} praise the {v}.",)),
         Wording(("what is {S} known for?", "why do people come to {S}?"), ("what do guests of {S} praise?",)),
@@ -125,14 +115,12 @@ PLACE: tuple[Property, ...] = (
 PERSON: tuple[Property, ...] = (
     Property(
         "birthplace",
-        "{S} was born in {v}",
         words.city,
         Wording(("{S} was born in {v}.", "The birthplace of {S} is {v}."), ("The childhood of {S} began in {v}.",)),
         Wording(("where was {S} born?", "in which town was {S} born?"), ("what is the birthplace of {S}?",)),
     ),
     Property(
         "field of study",
-        "{S} studied {v}",
         lambda rng: rng.choice(
             ("law", "physics", "music", "history", "botany", "geology", "medicine", "optics", "logic")
         ),
@@ -141,7 +129,6 @@ PERSON: tuple[Property, ...] = (
     ),
     Property(
         "number of children",
-        "{S} has {v} children",
         lambda rng: str(rng.randint(2, 14)),
         Wording(("{S} has {v} children.", "{S} raised {v} children."), ("The family of {S} includes {v} children.",)),
         Wording(
@@ -151,14 +138,12 @@ PERSON: tuple[Property, ...] = (
     ),
     Property(
         "book",
-        "{S} wrote {v}",
         words.book,
         Wording(("{S} wrote {v}.", "The best known book of {S} is {v}."), ("{v} came from the pen of {S}.",)),
         Wording(("what did {S} write?", "which book did {S} write?"), ("of which book is {S} the author?",)),
     ),
     Property(
         "collection",
-        "{S} collects {v}",
         lambda rng: f"{rng.choice(words.COLOURS)} {rng.choice(words.GIFTS)}s",
         Wording(("{S} collects {v}.", "{S} has a large collection of {v}."), ("The attic of {S} is full of {v}.",)),
         Wording(("what does {S} collect?", "which things does {S} collect?"), ("what fills the collection of {S}?",)),

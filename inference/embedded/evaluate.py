@@ -90,8 +90,8 @@ def score(turns: Sequence[Turn], answers: Sequence[str]) -> dict[str, Row]:
         for row in rows_of(turn):
             questions[row] += 1
             # For recall of "not told" it counts that the model declines, for the others that the answer is right.
-            right[row] += answer.startswith(NOT_TOLD) if turn.kind is AnswerKind.NOT_TOLD else answer == turn.answer
-        if answer.startswith(NOT_TOLD):
+            right[row] += NOT_TOLD in answer if turn.kind is AnswerKind.NOT_TOLD else answer == turn.answer
+        if NOT_TOLD in answer:
             questions[NOT_TOLD_PRECISION] += 1
             right[NOT_TOLD_PRECISION] += turn.kind is AnswerKind.NOT_TOLD
     names = [*THRESHOLDS, *sorted(questions.keys() - THRESHOLDS.keys())]

@@ -1,7 +1,7 @@
 """The kinds of facts a person tells, and all the ways of telling and asking for them.
 
-Templates hold slots that agree with the subject: "{P} city", "{S} live{s} in {v}". A person's own "I live in Rome"
-and the assistant's "you live in Rome" come from the same template with different slots.
+Templates hold slots that agree with the subject: "{P} city", "{S} live{s} in {v}". A person's own "my city" and the
+assistant's "your city" come from the same template with different slots.
 """
 
 from __future__ import annotations
@@ -74,29 +74,26 @@ class Kind:
     """One kind of fact."""
 
     noun: str  # "favourite colour", as in "my favourite colour"
-    clause: str  # what the assistant says: "{P} favourite colour is {v}"
     value: Callable[[Random], str]
     statements: Wording
     questions: Wording
     forms: tuple[Form, ...]
-    lacking: str  # what the assistant says was not told: "{P} favourite colour"
+    topic: str  # what the assistant calls it: "{P} favourite colour"
 
 
 def _kind(
     noun: str,
-    clause: str,
     value: Callable[[Random], str],
     say: tuple[str, ...],
     say_held_out: str,
     ask: tuple[str, ...],
     ask_held_out: str,
     forms: tuple[Form, ...] = ("me", "relation", "name"),
-    lacking: str = "",
+    topic: str = "",
 ) -> Kind:
     """A kind with its own wordings and those that any noun allows."""
     return Kind(
         noun=noun,
-        clause=clause,
         value=value,
         statements=Wording(
             (*say, *say, f"{{P}} {noun} is {{v}}", f"{{P}} {noun}: {{v}}"),
@@ -126,13 +123,12 @@ def _kind(
             ),
         ),
         forms=forms,
-        lacking=lacking or f"{{P}} {noun}",
+        topic=topic or f"{{P}} {noun}",
     )
 
 
 NAME = _kind(
     "name",
-    "{P} name is {v}",
     words.first_name,
     ("{P} name is {v}", "{S} {is} called {v}", "call {O} {v}", "{S} go{es} by {v}"),
     "{P} given name is {v}",
@@ -142,14 +138,13 @@ NAME = _kind(
 )
 RELATION = _kind(
     "relation to me",
-    "{S} is your {v}",
     lambda rng: rng.choice(words.RELATIONS),
     ("{S} is my {v}",),
     "you should know that {S} is my {v}",
     ("who is {S}?", "who's {S} again?"),
     "how do I know {S}?",
     ("name",),
-    "who {S} {is}",
+    "{P} relation to you",
 )
 
 KINDS: tuple[Kind, ...] = (
@@ -157,7 +152,6 @@ KINDS: tuple[Kind, ...] = (
     RELATION,
     _kind(
         "city",
-        "{S} live{s} in {v}",
         words.city,
         (
             "{S} live{s} in {v}",
@@ -181,7 +175,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "job",
-        "{S} work{s} as {v}",
         words.job,
         (
             "{S} work{s} as {v}",
@@ -204,7 +197,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "age",
-        "{S} {is} {v} years old",
         words.age,
         (
             "{S} {is} {v} years old",
@@ -220,7 +212,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "birthday",
-        "{P} birthday is on {v}",
         words.day_of_year,
         (
             "{P} birthday is on {v}",
@@ -241,7 +232,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite colour",
-        "{P} favourite colour is {v}",
         words.colour,
         (
             "{S} like{s} the colour {v} best",
@@ -261,7 +251,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite food",
-        "{P} favourite food is {v}",
         words.food,
         (
             "{S} love{s} to eat {v}",
@@ -283,7 +272,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite drink",
-        "{P} favourite drink is {v}",
         words.drink,
         (
             "{S} love{s} to drink {v}",
@@ -303,7 +291,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "pet",
-        "{S} {have} {v}",
         words.pet,
         (
             "{S} {have} {v}",
@@ -326,7 +313,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "lucky number",
-        "{P} lucky number is {v}",
         lambda rng: words.digits(rng, rng.choice((1, 2, 3))),
         ("the number that brings {O} luck is {v}", "{S} believe{s} in the lucky number {v}"),
         "{v} is the lucky number of {O}",
@@ -335,7 +321,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "phone number",
-        "{P} phone number is {v}",
         words.phone,
         (
             "you can call {O} at {v}",
@@ -356,7 +341,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "hobby",
-        "{P} hobby is {v}",
         lambda rng: rng.choice(words.HOBBIES),
         (
             "{S} enjoy{s} {v} on weekends",
@@ -377,7 +361,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "instrument",
-        "{S} play{s} the {v}",
         lambda rng: rng.choice(words.INSTRUMENTS),
         ("{S} play{s} the {v}", "{S} {is} learning the {v}", "{S} can play the {v}", "{P} instrument is the {v}"),
         "{S} practise{s} the {v}",
@@ -392,7 +375,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "car",
-        "{S} drive{s} {v}",
         words.car,
         ("{S} drive{s} {v}", "{S} bought {v}", "{P} car is {v}", "{S} {have} a car, {v}"),
         "on the road {S} use{s} {v}",
@@ -407,7 +389,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "shoe size",
-        "{P} shoe size is {v}",
         lambda rng: str(rng.randint(20, 49)),
         (
             "{S} wear{s} shoes in size {v}",
@@ -426,7 +407,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "language",
-        "{S} speak{s} {v}",
         lambda rng: rng.choice(words.LANGUAGES),
         (
             "{S} speak{s} {v}",
@@ -447,7 +427,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "allergy",
-        "{S} {is} allergic to {v}",
         lambda rng: rng.choice(words.ALLERGENS),
         (
             "{S} {is} allergic to {v}",
@@ -467,7 +446,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "employer",
-        "{S} work{s} for {v}",
         words.company,
         (
             "{S} work{s} for {v}",
@@ -487,7 +465,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "address",
-        "{P} address is {v}",
         words.address,
         ("letters reach {O} at {v}", "{P} house is at {v}", "{S} live{s} at {v}", "{P} home address is {v}"),
         "send parcels for {O} to {v}",
@@ -501,7 +478,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "room number",
-        "{P} room number is {v}",
         lambda rng: words.digits(rng, 3),
         ("{S} {is} staying in room {v}", "{P} room is number {v}", "{S} {is} in room {v}", "{S} {have} room {v}"),
         "one finds {O} in room {v}",
@@ -515,7 +491,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "door code",
-        "{P} door code is {v}",
         lambda rng: words.digits(rng, rng.choice((4, 5))),
         (
             "the code for {P} door is {v}",
@@ -534,7 +509,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite book",
-        "{P} favourite book is {v}",
         words.book,
         (
             "the book {S} love{s} most is {v}",
@@ -548,7 +522,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite sport",
-        "{P} favourite sport is {v}",
         lambda rng: rng.choice(words.SPORTS),
         (
             "the sport {S} like{s} best is {v}",
@@ -563,7 +536,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "appointment",
-        "{P} appointment is on {v}",
         words.day_and_hour,
         (
             "{S} {have} an appointment on {v}",
@@ -582,7 +554,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "travel destination",
-        "{S} {is} travelling to {v}",
         words.city,
         (
             "{S} {is} travelling to {v}",
@@ -605,7 +576,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "favourite animal",
-        "{P} favourite animal is the {v}",
         lambda rng: rng.choice(words.WILD_ANIMALS),
         (
             "the animal {S} like{s} best is the {v}",
@@ -619,7 +589,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "flight",
-        "{P} flight is {v}",
         words.flight,
         ("{S} {is} taking flight {v}", "{S} fl{ies} on {v}", "{P} ticket is for flight {v}"),
         "{S} booked a seat on flight {v}",
@@ -628,7 +597,6 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind(
         "wish",
-        "{S} want{s} {v}",
         words.gift,
         (
             "{S} want{s} {v}",
@@ -654,7 +622,6 @@ def open_kind(noun: str) -> Kind:
     """A kind with a noun of the visitor's own: "my wifi password is 4455". Any value can be one of it."""
     return _kind(
         noun,
-        f"{{P}} {noun} is {{v}}",
         words.any_value,
         (f"{{P}} {noun} is {{v}}", f"{{P}} {noun} is called {{v}}"),
         f"the {noun} of {{O}} is {{v}}",

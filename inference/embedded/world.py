@@ -4,8 +4,11 @@ A person tells facts about themselves and others, changes some, asks for them la
 asks for lists, gives documents to read and asks about them, and makes small talk. Each answer is the only right one,
 and says what it is and how far back its fact lies, so that an evaluation can make a table.
 
-The assistant repeats each fact when it is told ("Noted: Anna lives in Rome."), in one wording per kind of fact. That
-is good manners, and it lets a model look facts up in its own words, however they were told.
+The assistant names the topic before it says anything about it, both when a fact is told ("Noted. Anna's city: Rome.")
+and when it is asked for ("Anna's city: Rome."). So a small model looks facts up by its own words, however they were
+told, and has found out what is asked before it has to decide whether it knows. An answer that begins with that decision
+("You have not told me ...") is learned far later: after as much training, a third of the questions without an answer
+were declined.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from inference.embedded.phrasing import CORRECTIONS, OPENERS, QUESTION_OPENERS, 
 from inference.embedded.small_talk import exchange
 from inference.embedded.template import MESSAGE_TOKENS, SYSTEM_PROMPT
 
-NOT_TOLD = "You have not told me"  # how every answer to a question without an answer begins
+NOT_TOLD = "you have not told me"  # in every answer to a question without an answer
 _OTHER_SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "Answer briefly.",
@@ -182,11 +185,11 @@ class _Person:
             return self._ask_list()
         if draw < 0.20:
             return self._ask_who()
-        if draw < 0.38:
+        if draw < 0.40:
             return self._ask_not_told()
-        if self._reader and draw < 0.48:
+        if self._reader and draw < 0.50:
             return self._read()
-        if self._documents and draw < 0.60:
+        if self._documents and draw < 0.62:
             return self._ask_document()
         return self._ask_fact()
 
@@ -253,7 +256,7 @@ class _Person:
         if not facts:
             return None
         user = rng.choice(_JOINS).join(sentences) + self._full_stop()
-        answer = f"Noted: {'; '.join(_clause(s, t) for (s, _), t in facts.items())}."
+        answer = f"Noted. {_upper('; '.join(_said(s, t) for (s, _), t in facts.items()))}."
         only = about if about and all(subject == about for subject, _ in facts) else None
         return _Draft(user, answer, AnswerKind.ACKNOWLEDGEMENT, told=tuple(facts.items()), about=only)
 
@@ -291,7 +294,7 @@ class _Person:
         else:
             user = self._statement(old.kind, slots, first=True)
         told = _Told(old.kind, value, old.updates + 1, 0)
-        answer = f"Updated: {_clause(subject, told)}."
+        answer = f"Updated. {_upper(_said(subject, told))}."
         return _Draft(user + self._full_stop(), answer, AnswerKind.ACKNOWLEDGEMENT, told=((key, told),), about=subject)
 
     def _value(self, kind: Kind) -> str | None:
@@ -332,7 +335,7 @@ class _Person:
         subject, _ = key = self._some_fact()
         told = self._facts[key]
         user = self._question(told.kind.questions, self._spoken_of(subject, self._about))
-        answer = f"You told me that {_clause(subject, told)}."
+        answer = f"{_upper(_said(subject, told))}."
         kind = AnswerKind.UPDATED if told.updates else AnswerKind.RECALL
         return _Draft(user, answer, kind, recalled=told.at, mentioned=(key,), about=subject)
 
@@ -347,14 +350,15 @@ class _Person:
             if prop.noun in told:
                 return None
             user = self._question(prop.questions, {"S": document.subject})
-            return _Draft(user, f"{NOT_TOLD} {fill(prop.lacking, {'S': document.subject})}.", AnswerKind.NOT_TOLD)
+            topic = fill(prop.topic, {"S": document.subject})
+            return _Draft(user, f"{_upper(topic)}: {NOT_TOLD}.", AnswerKind.NOT_TOLD)
         subject = rng.choice(self._subjects) if rng.random() < 0.75 else self._stranger()
         kinds = [told.kind for told in self._facts.values()] if rng.random() < 0.6 else list(KINDS)
         kind = rng.choice(kinds) if kinds and rng.random() > _OPEN else self._any_kind()
         if subject.form not in kind.forms or (subject, kind.noun) in self._facts:
             return None
         user = self._question(kind.questions, self._spoken_of(subject, self._about))
-        answer = f"{NOT_TOLD} {fill(kind.lacking, subject.in_words_of_assistant())}."
+        answer = f"{_upper(fill(kind.topic, subject.in_words_of_assistant()))}: {NOT_TOLD}."
         return _Draft(user, answer, AnswerKind.NOT_TOLD, about=subject)
 
     def _ask_list(self) -> _Draft | None:
@@ -364,16 +368,16 @@ class _Person:
             return None
         user = self._question(_LISTS, subject.in_words_of_user())
         if not keys:
-            nothing = fill("anything about {O}", subject.in_words_of_assistant())
-            return _Draft(user, f"{NOT_TOLD} {nothing}.", AnswerKind.NOT_TOLD)
-        clauses = "; ".join(_clause(subject, self._facts[key]) for key in keys)
-        return _Draft(user, f"You told me that {clauses}.", AnswerKind.LIST, mentioned=tuple(keys))
+            whom = subject.in_words_of_assistant()["O"]
+            return _Draft(user, f"{_upper(whom)}: {NOT_TOLD} anything.", AnswerKind.NOT_TOLD)
+        clauses = "; ".join(_said(subject, self._facts[key]) for key in keys)
+        return _Draft(user, f"You told me this. {_upper(clauses)}.", AnswerKind.LIST, mentioned=tuple(keys))
 
     def _ask_who(self) -> _Draft | None:
         people = list(dict.fromkeys(s.in_words_of_assistant()["S"] for s, _ in self._facts if s.form != "me"))
         user = self._question(_WHO, {})
         if not people:
-            return _Draft(user, f"{NOT_TOLD} about anybody.", AnswerKind.NOT_TOLD)
+            return _Draft(user, f"People: {NOT_TOLD} about anybody.", AnswerKind.NOT_TOLD)
         if len(people) > _LONGEST_LIST:
             return None
         return _Draft(user, f"You told me about {', '.join(people)}.", AnswerKind.LIST)
@@ -443,12 +447,20 @@ class _Person:
             kind, needed = AnswerKind.ONE_DOCUMENT, (document,)
         prop, value = rng.choice(document.values)
         question = self._question(prop.questions, {"S": spoken_of_as})
-        clause = fill(prop.clause, {"S": document.subject, "v": value})
-        return question, f"The text says that {clause}.", kind, needed
+        said = f"{fill(prop.topic, {'S': document.subject})}: {value}."
+        if kind is AnswerKind.TWO_DOCUMENTS:  # one step after the other
+            said = f"{spoken_of_as}: {document.subject}; {said}"
+        return question, _upper(said), kind, needed
 
 
-def _clause(subject: Subject, told: _Told) -> str:
-    return fill(told.kind.clause, {**subject.in_words_of_assistant(), "v": told.value})
+def _said(subject: Subject, told: _Told) -> str:
+    """'Anna's city: Rome'."""
+    return f"{fill(told.kind.topic, subject.in_words_of_assistant())}: {told.value}"
+
+
+def _upper(text: str) -> str:
+    """The same as a sentence. Names stay as they were typed."""
+    return text[0].upper() + text[1:] if text.startswith(("your ", "the ")) else text
 
 
 def wording_of_the_world() -> tuple[Wording, ...]:
