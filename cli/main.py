@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.simulator.names import Format, PolicyName
 from cli import kv
 from cli.child import die_with
 from cli.keys import make_keys
@@ -82,7 +83,7 @@ def inference(settings: Settings, parent: Parent = 0) -> int:
 
 
 @app.command()
-@with_settings("dram", "ssd", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS)
+@with_settings("dram", "ssd", "placement", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS)
 def kvdaemon(settings: Settings, parent: Parent = 0) -> int:
     """Run kvdaemon alone: the store of DRAM and SSD."""
     config = settings.kvdaemon_config()
@@ -119,6 +120,72 @@ def doctor(
     from cli.doctor import run_doctor
 
     return run_doctor(settings, as_json=json)
+
+
+@app.command()
+def simulate(
+    trace: Annotated[
+        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Recorded trace, gzip or not.")
+    ],
+    format: Annotated[Format, typer.Option(help="What the trace is written in.")],
+    policy: Annotated[
+        PolicyName,
+        typer.Option(help="belady knows the future; what comes after it is what others do, without an SSD."),
+    ],
+    dram_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Size of the DRAM tier.")],
+    ssd_tokens: Annotated[int, typer.Option(metavar="M", min=0, help="Size of the SSD tier.")] = 0,
+    arrival_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Conversations that begin per second, at random.",
+            show_default="agentic: 0.01, text: 1, mooncake: as recorded",
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Draw so many conversations from the trace.", show_default="each once"),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of arrivals and draws.")] = 1,
+    warm_up: Annotated[int, typer.Option(metavar="N", min=0, help="Requests before counting begins.")] = 0,
+    count: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Stop when so many are counted.", show_default="all")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    belady: Annotated[bool, typer.Option(help="Show beside it what belady makes of the same turns.")] = True,
+    chunk_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per chunk; mooncake's are 512.")] = 256,
+    bytes_per_token: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of KV; Llama-3.1-8B's by default.")
+    ] = 131_072,
+    places: Annotated[int, typer.Option(metavar="N", min=1, help="Turns that run at once.")] = 16,
+    prefill_rate: Annotated[
+        float, typer.Option(metavar="R", help="Tokens per second and turn; inf: at once.")
+    ] = 20_000,
+    decode_rate: Annotated[float, typer.Option(metavar="R", help="Tokens per second and turn; inf: at once.")] = 50,
+    ssd_read_rate: Annotated[float, typer.Option(metavar="R", help="Tokens per second; inf: at once.")] = 40_000,
+    ssd_write_rate: Annotated[float, typer.Option(metavar="R", help="Tokens per second; inf: at once.")] = 40_000,
+) -> int:
+    """Replay a recorded trace through the queue and a placement policy, and count what hits."""
+    from benchmarks.simulator.replay import Machine
+    from cli.simulate import Options, run_simulate
+
+    options = Options(
+        trace=trace,
+        format=format,
+        policy=policy,
+        dram_tokens=dram_tokens,
+        ssd_tokens=ssd_tokens,
+        arrival_rate=arrival_rate,
+        sessions=sessions,
+        seed=seed,
+        chunk_tokens=chunk_tokens,
+        bytes_per_token=bytes_per_token,
+        machine=Machine(places, prefill_rate, decode_rate, ssd_read_rate, ssd_write_rate),
+        warm_up=warm_up,
+        count=count,
+        with_belady=belady,
+    )
+    return run_simulate(options, json)
 
 
 @app.command()

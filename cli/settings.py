@@ -20,7 +20,7 @@ from cli.keys import load_keys
 from cli.sizes import parse_size
 from gateway.config import GatewayConfig
 from inference.config import InferenceConfig
-from kvdaemon.config import KvDaemonConfig
+from kvdaemon.config import KvDaemonConfig, PolicyName
 from monitoring.logs import LogFormat
 from protocol.errors import ConfigError
 from protocol.rpc import Curve, check_endpoint
@@ -87,6 +87,9 @@ class Settings(BaseModel):
     retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device")
     max_running: int = Field(8, ge=1, description="turns that run at once")
     step_tokens: int = Field(512, ge=1, description="most tokens computed in one step")
+    placement: PolicyName = Field(
+        "anticipating", description="what stays in DRAM and on SSD when they are full; scheduler-aware is the paper's"
+    )
     verify: Literal["sample", "always"] = Field("sample", description="which loads from DRAM check their checksums")
     queue_limit: int = Field(256, ge=1, description="turns that may wait; further ones are answered 429")
     database_url: str | None = Field(None, description="SQLAlchemy URL of the journal; SQLite in data-dir if not given")
@@ -190,6 +193,7 @@ class Settings(BaseModel):
             endpoint=self.kvdaemon_endpoint,
             dram_bytes=self.dram,
             ssd_bytes=self.ssd,
+            policy=self.placement,
             ssd_write_budget_bytes=self.ssd_write_budget,
             verify=self.verify,
             metrics_host=self.metrics_host,

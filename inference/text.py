@@ -131,3 +131,12 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """How long an end of `text` is the beginning of `stop`, short of the whole."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# What models of different families write where they call a tool.
+_TOOL_CALLS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<|tool_calls_section_begin|>")
+
+
+def calls_tool(answer: str) -> bool:
+    """Whether a tool speaks next, and not a person, as far as the answer shows."""
+    return any(mark in answer for mark in _TOOL_CALLS)

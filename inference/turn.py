@@ -16,7 +16,7 @@ from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
 from inference.save import SaveTask
 from inference.store import UNAVAILABLE, Lease
-from inference.text import AnswerText, prompt_tokens, render
+from inference.text import AnswerText, calls_tool, prompt_tokens, render
 from inference.working_kv import WorkingKv
 from monitoring.logs import get_logger
 from protocol import ids
@@ -297,6 +297,8 @@ class Turn:
                 text=plan.text + job.answer.text[:text_length],
                 chunk_ids=(),
                 kv_tokens=min(job.kv.length, len(plan.prompt) + kept),
+                answer_tokens=len(sampled),
+                next_speaker="tool" if calls_tool(job.answer.text) else "person",
             )
             service.keep(job, plan.namespace, computed, manifest)
         load = job.load

@@ -11,6 +11,8 @@ from protocol.rpc import Curve
 
 LEAST_SSD_BYTES = 32 * 1024 * 1024
 
+PolicyName = Literal["fifo", "lru", "scheduler-aware", "anticipating"]
+
 
 @dataclass(frozen=True)
 class KvDaemonConfig:
@@ -18,8 +20,9 @@ class KvDaemonConfig:
 
     dram_bytes: size of the arena. ssd_bytes: physical bytes RocksDB may take; 0 switches the SSD tier off.
     ssd_write_budget_bytes: that may be written to the SSD in a day; None: without limit.
-    verify: which resident chunks readers are asked to check against their checksums. scrub_bytes_per_s: how fast
-    chunks in DRAM are verified in the background; 0: not at all.
+    policy: what stays where when the tiers are full (placement/policies.py). verify: which resident chunks readers are
+    asked to check against their checksums. scrub_bytes_per_s: how fast chunks in DRAM are verified in the background;
+    0: not at all.
     """
 
     run_dir: Path
@@ -28,6 +31,7 @@ class KvDaemonConfig:
     dram_bytes: int
     ssd_bytes: int
     ssd_write_budget_bytes: int | None = None
+    policy: PolicyName = "anticipating"
     verify: Literal["sample", "always"] = "sample"
     scrub_bytes_per_s: int = 32 * 1024 * 1024
     metrics_host: str = "127.0.0.1"

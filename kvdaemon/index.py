@@ -1,4 +1,4 @@
-"""The index: what is known of every chunk in the store, and how recently each was used in each tier.
+"""The index: what is known of every chunk in the store. It tells the placement what it has to know of that.
 
 A chunk is in DRAM (LOADING or READY in a slot), on SSD, or both; an entry in neither leaves the index.
 
@@ -7,16 +7,21 @@ A chunk is in DRAM (LOADING or READY in a slot), on SSD, or both; an entry in ne
     on SSD:   no ──on_ssd──▶ yes ──leave_ssd──▶ no
     dirty:    a chunk whose bytes are in DRAM only and shall be written behind. A chunk that the SSD tier let go of for
               room is *not* dirty again: it would be written and evicted in a circle. One that it declined is when used.
+    held:     leased, loading or being written: it must stay where it is.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from typing import Protocol, Self, TypeVar, cast
 
+from kvdaemon.placement.placement import Placement
+from kvdaemon.placement.runs import Node, Tier
 from protocol.errors import InternalError
+from protocol.messages import SsdRecord
+
+V = TypeVar("V", bytes, int)
 
 
 class Residence(Enum):
@@ -25,58 +30,113 @@ class Residence(Enum):
     READY = "ready"
 
 
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """One chunk. Changed by ChunkIndex and LeaseBook only; `writing` by who writes it behind, `reused` by the store."""
+class _Flag:
+    """One bit of `Chunk.flags`, used like a field."""
 
-    chunk_id: bytes
-    parent_id: bytes
-    namespace: bytes
-    tokens: int
-    residence: Residence = Residence.ABSENT
-    slot: int = -1
-    generation: int = 0
-    ssd_bytes: int = 0  # 0: not on SSD
-    dirty: bool = False
-    writing: bool = False
-    prefetched: bool = False  # fetched on a hint, and not asked for since
-    reused: bool = False  # asked for since it was saved
-    declined: bool = False  # not admitted to the SSD; clean, though its bytes are in DRAM only
-    leases: int = 0
+    def __init__(self, bit: int) -> None:
+        self._bit = bit
+
+    def __get__(self, chunk: Chunk, owner: type) -> bool:
+        return bool(chunk.flags & self._bit)
+
+    def __set__(self, chunk: Chunk, value: bool) -> None:
+        chunk.flags = chunk.flags | self._bit if value else chunk.flags & ~self._bit
+
+
+class Chunk(Node):
+    """One chunk. Changed by ChunkIndex and LeaseBook only; `reused` by the store.
+
+    A million of them are usual: what they say is kept in few fields, and equal values are one object.
+    """
+
+    __slots__ = (
+        "chunk_id",
+        "flags",
+        "generation",
+        "holds",
+        "namespace",
+        "parent_id",
+        "residence",
+        "slot",
+        "ssd_bytes",
+        "tokens",
+    )
+
+    dirty = _Flag(1)
+    writing = _Flag(2)
+    prefetched = _Flag(4)  # fetched on a hint, and not asked for since
+    reused = _Flag(8)  # asked for since it was saved
+    declined = _Flag(16)  # not admitted to the SSD; clean, though its bytes are in DRAM only
+
+    def __init__(self, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> None:
+        super().__init__()
+        self.chunk_id = chunk_id
+        self.parent_id = parent_id
+        self.namespace = namespace
+        self.tokens = tokens
+        self.residence = Residence.ABSENT
+        self.slot = -1
+        self.generation = 0
+        self.ssd_bytes = 0  # 0: not on SSD
+        self.flags = 0
+        self.holds = 0  # leases, and work under way
 
     @property
     def on_ssd(self) -> bool:
         return self.ssd_bytes > 0
 
+    @property
+    def leases(self) -> int:
+        """Open leases on the chunk."""
+        return self.holds - self.writing - (self.residence is Residence.LOADING)
+
 
 class ChunkIndex:
-    """Entries by chunk id, and per tier in order of last use. One loop owns it."""
+    """Entries by chunk id: the placement's own, with more in them. One loop owns it.
 
-    def __init__(self) -> None:
-        self._chunks: dict[bytes, Chunk] = {}
-        # Coldest first. OrderedDict moves an entry to its end in constant time.
-        self._dram: OrderedDict[bytes, Chunk] = OrderedDict()
-        self._ssd: OrderedDict[bytes, Chunk] = OrderedDict()
-        self._dirty: OrderedDict[bytes, Chunk] = OrderedDict()  # in the order they were committed
+    chunk_tokens: of a full chunk, once that is known; a smaller one is partial.
+    """
+
+    def __init__(self, placement: Placement, clock: Callable[[], float]) -> None:
+        self.chunk_tokens = 0
         self.ssd_bytes = 0
+        self._placement = placement
+        self._clock = clock
+        # Chunks are nodes of the placement's tree, where they are from their first tier to their last.
+        self._chunks = cast(dict[bytes, Chunk], placement.tree.nodes)
+        self._dirty: dict[bytes, Chunk] = {}  # in the order they were committed
+        self._equal: dict[bytes | int, bytes | int] = {}  # values that many chunks have
 
     def __len__(self) -> int:
         return len(self._chunks)
-
-    def get(self, chunk_id: bytes) -> Chunk | None:
-        return self._chunks.get(chunk_id)
 
     def __iter__(self) -> Iterator[Chunk]:
         """All chunks, in no particular order."""
         return iter(self._chunks.values())
 
+    def get(self, chunk_id: bytes) -> Chunk | None:
+        return self._chunks.get(chunk_id)
+
+    def new_listing(self) -> Listing:
+        """An empty listing of what the SSD tier holds, to be filled page by page."""
+        return Listing(self)
+
+    def add(self, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> Chunk:
+        """The entry of this chunk; where there is none, a new one, which must be placed or stored next."""
+        chunk = self._chunks.get(chunk_id)
+        if chunk is None:
+            parent = self._chunks.get(parent_id)
+            parent_id = parent.chunk_id if parent is not None else parent_id
+            chunk = Chunk(chunk_id, parent_id, self.one(namespace), tokens)
+        return chunk
+
     def resident(self) -> Iterator[Chunk]:
-        """Chunks in DRAM, LOADING ones too, coldest first."""
-        return iter(self._dram.values())
+        """Chunks in DRAM, LOADING ones too, in no particular order."""
+        return (chunk for chunk in self._chunks.values() if chunk.residence is not Residence.ABSENT)
 
     def stored(self) -> Iterator[Chunk]:
-        """Chunks on SSD, coldest first."""
-        return iter(self._ssd.values())
+        """Chunks on SSD, in no particular order."""
+        return (chunk for chunk in self._chunks.values() if chunk.on_ssd)
 
     def dirty(self) -> Iterator[Chunk]:
         """Chunks to be written behind, oldest first."""
@@ -84,79 +144,162 @@ class ChunkIndex:
 
     @property
     def dram_chunks(self) -> int:
-        return len(self._dram)
+        return self._placement.tree.count("dram")
 
     @property
     def ssd_chunks(self) -> int:
-        return len(self._ssd)
+        return self._placement.tree.count("ssd")
 
     @property
     def dirty_chunks(self) -> int:
         return len(self._dirty)
 
-    def add(self, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> Chunk:
-        """The entry of this chunk, made where there is none. It must be placed or stored next."""
-        chunk = self._chunks.get(chunk_id)
-        if chunk is None:
-            chunk = self._chunks[chunk_id] = Chunk(chunk_id, parent_id, namespace, tokens)
-        return chunk
-
-    def touch(self, chunk: Chunk) -> None:
-        """Note a use: the chunk becomes the warmest of its tiers."""
-        for order in (self._dram, self._ssd):
-            if chunk.chunk_id in order:
-                order.move_to_end(chunk.chunk_id)
-
     def place(self, chunk: Chunk, slot: int, generation: int, residence: Residence) -> None:
-        """The chunk now has a slot, LOADING or READY."""
+        """The chunk now has a slot: LOADING, or READY and then dirty unless it is on SSD too."""
         if chunk.residence is not Residence.ABSENT or residence is Residence.ABSENT:
             raise InternalError(f"a chunk that is {chunk.residence.value} cannot be placed")
         chunk.slot, chunk.generation, chunk.residence = slot, generation, residence
-        self._dram[chunk.chunk_id] = chunk
+        chunk.dirty = not chunk.on_ssd
+        if chunk.dirty:
+            self._dirty[chunk.chunk_id] = chunk
+        self._tell_added("dram", chunk)
+        if residence is Residence.LOADING:
+            self.hold(chunk)
 
     def arrived(self, chunk: Chunk) -> None:
         """A LOADING chunk is whole."""
         if chunk.residence is not Residence.LOADING:
             raise InternalError(f"a chunk that is {chunk.residence.value} cannot arrive")
         chunk.residence = Residence.READY
+        self.release(chunk)
 
     def leave_dram(self, chunk: Chunk) -> None:
         if chunk.residence is Residence.ABSENT:
             raise InternalError("a chunk that is absent cannot leave DRAM")
-        del self._dram[chunk.chunk_id]
+        if chunk.residence is Residence.LOADING:
+            self.release(chunk)
         self.mark_clean(chunk)
         chunk.slot, chunk.generation, chunk.residence = -1, 0, Residence.ABSENT
         chunk.prefetched = chunk.declined = False
-        self._forget_if_gone(chunk)
+        self._placement.removed("dram", chunk.chunk_id)
 
     def mark_dirty(self, chunk: Chunk) -> None:
         chunk.dirty, chunk.declined = True, False
         self._dirty[chunk.chunk_id] = chunk
+        self._placement.unsaved(chunk.chunk_id)
 
     def mark_clean(self, chunk: Chunk) -> None:
         chunk.dirty = False
         self._dirty.pop(chunk.chunk_id, None)
+        self._placement.saved(chunk.chunk_id)
 
     def decline(self, chunk: Chunk) -> None:
         """The SSD tier does not take a dirty chunk."""
         self.mark_clean(chunk)
         chunk.declined = True
 
-    def on_ssd(self, chunk: Chunk, stored_bytes: int) -> None:
+    def store_on_ssd(self, chunk: Chunk, stored_bytes: int) -> None:
         """The SSD tier holds the chunk; where DRAM does too, it is clean."""
+        was_stored = chunk.on_ssd
         self.ssd_bytes += stored_bytes - chunk.ssd_bytes
-        chunk.ssd_bytes = stored_bytes
-        self._ssd[chunk.chunk_id] = chunk
+        chunk.ssd_bytes = self.one(stored_bytes)
+        if not was_stored:
+            self._tell_added("ssd", chunk)
         self.mark_clean(chunk)
 
     def leave_ssd(self, chunk: Chunk) -> None:
         if not chunk.on_ssd:
             raise InternalError("a chunk that is not on SSD cannot leave it")
-        del self._ssd[chunk.chunk_id]
         self.ssd_bytes -= chunk.ssd_bytes
         chunk.ssd_bytes = 0
-        self._forget_if_gone(chunk)
+        self._placement.removed("ssd", chunk.chunk_id)
 
-    def _forget_if_gone(self, chunk: Chunk) -> None:
-        if chunk.residence is Residence.ABSENT and not chunk.on_ssd:
-            del self._chunks[chunk.chunk_id]
+    def begin_write(self, chunk: Chunk) -> None:
+        """Somebody writes the chunk to SSD until `end_write`."""
+        chunk.writing = True
+        self.hold(chunk)
+
+    def end_write(self, chunk: Chunk) -> None:
+        chunk.writing = False
+        self.release(chunk)
+
+    def hold(self, chunk: Chunk) -> None:
+        """The chunk must stay where it is until `release` was said as often."""
+        chunk.holds += 1
+        if chunk.holds == 1:
+            self._placement.hold(chunk.chunk_id)
+
+    def release(self, chunk: Chunk) -> None:
+        """A chunk that was taken away though held, and came back since, is another entry: it is not concerned."""
+        chunk.holds -= 1
+        if not chunk.holds and self._chunks.get(chunk.chunk_id) is chunk:
+            self._placement.release(chunk.chunk_id)
+
+    def _tell_added(self, tier: Tier, chunk: Chunk) -> None:
+        is_partial = chunk.tokens < self.chunk_tokens
+        self._placement.added(
+            tier,
+            chunk.chunk_id,
+            chunk.parent_id,
+            self._clock(),
+            is_partial=is_partial,
+            unsaved=chunk.dirty,
+            node=chunk,
+        )
+
+    def one(self, value: V) -> V:
+        """The first object equal to `value` that was seen."""
+        return cast(V, self._equal.setdefault(value, value))
+
+
+class Listing:
+    """What the SSD tier says that it holds, in the form that the index keeps: a page is garbage once it is added."""
+
+    def __init__(self, index: ChunkIndex) -> None:
+        self._index = index
+        self._chunks: dict[bytes, Chunk] = {}
+        self._sizes: list[int] = []
+        self.most_tokens = 0  # in a chunk
+
+    def __contains__(self, chunk_id: bytes) -> bool:
+        return chunk_id in self._chunks
+
+    def add(self, records: Iterable[SsdRecord]) -> Self:
+        """A page more."""
+        for record in records:
+            chunk = self._index.add(record.chunk_id, record.parent_id, record.namespace, record.tokens)
+            self._chunks[chunk.chunk_id] = chunk
+            self._sizes.append(self._index.one(record.bytes))
+            self.most_tokens = max(self.most_tokens, record.tokens)
+        return self
+
+    def store(self) -> None:
+        """Tell the index of all chunks."""
+        sizes = dict(zip(self._chunks, self._sizes, strict=True))
+        for listed in parents_first(self._chunks.values()):
+            # Between the pages and now it may have come into DRAM, as another entry.
+            self._index.store_on_ssd(self._index.get(listed.chunk_id) or listed, sizes[listed.chunk_id])
+
+
+class Described(Protocol):
+    """Whatever tells of a chunk."""
+
+    @property
+    def chunk_id(self) -> bytes: ...
+    @property
+    def parent_id(self) -> bytes: ...
+
+
+D = TypeVar("D", bound=Described)
+
+
+def parents_first(items: Iterable[D]) -> Iterator[D]:
+    """The same items, each after the one whose chunk comes before its own in the context."""
+    waiting = {item.chunk_id: item for item in items}
+    for first in list(waiting):
+        path: list[D] = []
+        at = waiting.pop(first, None)
+        while at is not None:
+            path.append(at)
+            at = waiting.pop(at.parent_id, None)
+        yield from reversed(path)

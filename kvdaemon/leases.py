@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvdaemon.index import Chunk
+from kvdaemon.index import Chunk, ChunkIndex
 from protocol.errors import InvalidRequest
 from protocol.ids import new_id
 
@@ -26,9 +26,10 @@ class Lease:
 
 
 class LeaseBook:
-    """All open leases. Each counts once in `leases` of each of its chunks. One loop owns it."""
+    """All open leases. Each holds each of its chunks once. One loop owns it."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: ChunkIndex) -> None:
+        self._index = index
         self._open: dict[bytes, Lease] = {}
         self._expiry: list[tuple[float, bytes]] = []
 
@@ -41,7 +42,7 @@ class LeaseBook:
     def grant(self, client: bytes, chunks: Sequence[Chunk], expires_s: float) -> Lease:
         lease = Lease(new_id(), client, tuple(chunks), expires_s)
         for chunk in lease.chunks:
-            chunk.leases += 1
+            self._index.hold(chunk)
         self._open[lease.lease_id] = lease
         heapq.heappush(self._expiry, (expires_s, lease.lease_id))
         return lease
@@ -77,5 +78,5 @@ class LeaseBook:
     def _end(self, lease: Lease) -> Lease:
         del self._open[lease.lease_id]
         for chunk in lease.chunks:
-            chunk.leases -= 1
+            self._index.release(chunk)
         return lease

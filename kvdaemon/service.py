@@ -15,8 +15,9 @@ from kvdaemon.config import KvDaemonConfig
 from kvdaemon.dram import DramTier
 from kvdaemon.erasure import Eraser
 from kvdaemon.fetch import Fetcher
+from kvdaemon.index import Listing
 from kvdaemon.manifests import ManifestStore
-from kvdaemon.placement.lru import LeastRecentlyUsed
+from kvdaemon.placement.policies import POLICIES
 from kvdaemon.prefetch import Prefetcher
 from kvdaemon.scrub import Scrubber
 from kvdaemon.ssd.client import SsdLink
@@ -32,6 +33,7 @@ from protocol.messages import (
     Ack,
     Acquire,
     Acquired,
+    Anticipate,
     ChunkPlaces,
     Commit,
     Committed,
@@ -55,7 +57,6 @@ from protocol.messages import (
     SaveManifest,
     ScrubReport,
     ScrubStore,
-    SsdRecord,
     StoreDescription,
     StoreOpened,
     StoreStatus,
@@ -74,9 +75,9 @@ _FORMAT_AGAIN_S = 3.0  # after an arena could not be made, clients that ask agai
 
 
 class KvDaemon:
-    """The storage daemon. Start and stop it on one event loop."""
+    """The storage daemon. Start and stop it on one event loop. clock: seconds of any origin, for what is kept where."""
 
-    def __init__(self, config: KvDaemonConfig) -> None:
+    def __init__(self, config: KvDaemonConfig, clock: Callable[[], float] = time.monotonic) -> None:
         registry = new_registry()
         self.metrics = KvDaemonMetrics(registry)
         self._config = config
@@ -94,14 +95,18 @@ class KvDaemon:
                 config.run_dir,
                 config.data_dir / "ssd",
                 config.ssd_bytes,
+                new_listing=lambda: self.store.index.new_listing(),
                 on_listed=self._ssd_listed,
             )
-        self.store = Store(LeastRecentlyUsed(), self, self.metrics, config.verify)
+        self.store = Store(POLICIES[config.policy](), self, self.metrics, config.verify, config.ssd_bytes, clock)
         self.manifests = ManifestStore(self.ssd)
         self.fetcher = Fetcher(self.store, self.ssd, self.metrics)
         self.prefetcher = Prefetcher(self.store, self.manifests, self.fetcher)
         self.write_behind = (
-            WriteBehind(self.store, self.ssd, config.ssd_bytes, self.metrics, config.ssd_write_budget_bytes)
+            WriteBehind(
+                *(self.store, self.ssd, config.ssd_bytes, self.metrics, config.ssd_write_budget_bytes),
+                on_written=self.prefetcher.look,
+            )
             if self.ssd is not None
             else None
         )
@@ -126,6 +131,7 @@ class KvDaemon:
                 Unreserve: self._unreserve,
                 Commit: self._commit,
                 QueueOrder: self._queue_order,
+                Anticipate: self._anticipate,
                 GetStatus: self._get_status,
                 DescribeStore: self._describe_store,
                 FindTurns: self._find_turns,
@@ -323,15 +329,21 @@ class KvDaemon:
     # -- requests -------------------------------------------------------------------------------------------
 
     async def _acquire(self, call: Call, request: Acquire) -> Acquired:
-        reply, reads = self.store.acquire(self._opened_by(call), request, time.monotonic())
+        is_turn = call.peer.role != "cli"  # an export is none
+        if is_turn:
+            partial = () if request.partial_id is None else (request.partial_id,)
+            self.prefetcher.started((*request.chunk_ids, *partial))
+        reply, reads = self.store.acquire(self._opened_by(call), request, time.monotonic(), is_turn=is_turn)
         if reads:
             self.fetcher.start(reads)
-        if call.peer.role != "cli":  # an export is no turn
+        if is_turn:
             self.catalog.hits.note(reply)
+            self.prefetcher.look()
         return reply
 
     async def _release(self, call: Call, request: Release) -> Ack:
         self.store.release(self._opened_by(call), request.lease_id)
+        self.prefetcher.look()
         return Ack()
 
     async def _reserve(self, call: Call, request: Reserve) -> Reserved:
@@ -362,11 +374,18 @@ class KvDaemon:
         return await self.manifests.get(request.turn_key)
 
     async def _save_manifest(self, call: Call, request: SaveManifest) -> Ack:
+        self.store.turn_ended(request.manifest)
         await self.manifests.save(request.manifest, _MANIFEST_WAIT_S)
         return Ack()
 
     async def _queue_order(self, call: Call, request: QueueOrder) -> Ack:
         self.prefetcher.follow(request.turn_keys)
+        return Ack()
+
+    async def _anticipate(self, call: Call, request: Anticipate) -> Ack:
+        reply = await self.manifests.get(request.turn_key)
+        if reply.manifest is not None:
+            self.store.expected(reply.manifest, request.in_s)
         return Ack()
 
     async def _get_status(self, call: Call, request: GetStatus) -> StoreStatus:
@@ -423,8 +442,8 @@ class KvDaemon:
             self.store.client_died(client)
             self._clients.discard(client)
 
-    def _ssd_listed(self, records: list[SsdRecord]) -> None:
-        self.store.merge_listing(records)
+    def _ssd_listed(self, listing: Listing) -> None:
+        self.store.merge_listing(listing)
         self.metrics.worker_started()
 
     def _problem(self) -> str:

@@ -8,16 +8,17 @@ books true: sums equal a full scan after each call, whatever it raised.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvdaemon.dram import DramTier
-from kvdaemon.index import Chunk, ChunkIndex, Residence
+from kvdaemon.index import Chunk, ChunkIndex, Listing, Residence, parents_first
 from kvdaemon.leases import LeaseBook
-from kvdaemon.placement.policy import Candidate, Placement
+from kvdaemon.placement.placement import Placement
+from kvdaemon.placement.policy import Policy, TurnEnd
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
 from protocol.arena import Arena, SlotState
 from protocol.errors import CapacityError, InvalidRequest
@@ -25,10 +26,10 @@ from protocol.messages import (
     Acquire,
     Acquired,
     CommittedChunk,
+    Manifest,
     ReservedSlot,
     SlotRef,
     SsdReadChunk,
-    SsdRecord,
 )
 
 MAX_LEASES = 4096
@@ -59,16 +60,36 @@ class Withdrawal:
     leases_revoked: int = 0
 
 
+@dataclass(frozen=True)
+class _Adopted:
+    """A slot whose chunk is taken over from an earlier daemon."""
+
+    slot: int
+    chunk_id: bytes
+    parent_id: bytes
+
+
 class Store:
-    """Index, slots and leases, kept together. `dram` is None until an arena is adopted or made."""
+    """Index, slots, leases and placement, kept together. `dram` is None until an arena is adopted or made.
+
+    ssd_bytes: what the SSD tier may hold, for the look-ahead windows. clock: seconds, of any origin.
+    """
 
     def __init__(
-        self, placement: Placement, ssd: SsdTier, metrics: KvDaemonMetrics, verify: Literal["sample", "always"]
+        self,
+        policy: Policy,
+        ssd: SsdTier,
+        metrics: KvDaemonMetrics,
+        verify: Literal["sample", "always"],
+        ssd_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.index = ChunkIndex()
-        self.leases = LeaseBook()
+        self.placement = Placement(policy, {"dram": 0, "ssd": 0})
+        self.index = ChunkIndex(self.placement, clock)
+        self.leases = LeaseBook(self.index)
         self.dram: DramTier | None = None
-        self._placement = placement
+        self._ssd_bytes = ssd_bytes
+        self._clock = clock
         self._ssd = ssd
         self._metrics = metrics
         self._verify_always = verify == "always"
@@ -85,15 +106,17 @@ class Store:
         """Begin to use an arena. adopted: its READY slots that were verified. Returns how many chunks came with it."""
         self.dram = dram
         arena = dram.arena
+        self.index.chunk_tokens = arena.geometry.chunk_tokens
+        self.placement.capacity = {"dram": dram.slots, "ssd": self._ssd_bytes // arena.geometry.slot_bytes}
+        found: dict[bytes, _Adopted] = {}
         for slot in adopted:
-            chunk_id = arena.chunk_id(slot)
-            chunk = self.index.add(chunk_id, arena.parent_id(slot), arena.namespace(slot), arena.tokens(slot))
-            if chunk.residence is not Residence.ABSENT:  # the same chunk in two slots
+            item = _Adopted(slot, arena.chunk_id(slot), arena.parent_id(slot))
+            if found.setdefault(item.chunk_id, item) is not item:  # the same chunk in two slots
                 dram.drop(slot)
-                continue
+        for item in parents_first(found.values()):
+            slot = item.slot
+            chunk = self.index.add(item.chunk_id, item.parent_id, arena.namespace(slot), arena.tokens(slot))
             self.index.place(chunk, slot, dram.generation(slot), Residence.READY)
-            if not chunk.on_ssd:
-                self.index.mark_dirty(chunk)
         return self.index.dram_chunks
 
     def unbind(self) -> None:
@@ -108,10 +131,13 @@ class Store:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    def acquire(self, client: bytes, request: Acquire, now_s: float) -> tuple[Acquired, list[SsdReadChunk]]:
+    def acquire(
+        self, client: bytes, request: Acquire, now_s: float, *, is_turn: bool = True
+    ) -> tuple[Acquired, list[SsdReadChunk]]:
         """Lease the longest available prefix. Returns also what the SSD worker must read for it.
 
-        Raises InvalidRequest; CapacityError: too many open leases.
+        is_turn: a conversation goes on; otherwise somebody merely looks. Raises InvalidRequest; CapacityError: too
+        many open leases.
         """
         dram = self._bound()
         if len(set(request.chunk_ids)) != len(request.chunk_ids):
@@ -119,8 +145,14 @@ class Store:
         if len(self.leases) >= MAX_LEASES:
             raise CapacityError(f"{MAX_LEASES} leases are open")
         prefix, miss_reason = self._available_prefix(request)
+        if is_turn:
+            at = request.partial_index if request.partial_id is not None else len(request.chunk_ids)
+            partial = (request.partial_id,) if request.partial_id is not None else ()
+            self.placement.used((*request.chunk_ids[:at], *partial, *request.chunk_ids[at:]), self._clock())
+        for chunk in prefix:  # room is not made of what is asked for
+            self.index.hold(chunk)
         absent = sum(chunk.residence is Residence.ABSENT for chunk in prefix)
-        room = self._make_room(absent, frozenset(chunk.chunk_id for chunk in prefix), "fetch") if absent else 0
+        room = self._make_room(absent, "fetch") if absent else 0
         refs: list[SlotRef] = []
         reads: list[SsdReadChunk] = []
         for chunk in prefix:
@@ -134,19 +166,35 @@ class Store:
             verify = self._verify_always or (was_resident and next(self._handed_out) % _VERIFY_EVERY == 0)
             tier: Literal["dram", "ssd"] = "dram" if was_resident else "ssd"
             refs.append(SlotRef(chunk.slot, chunk.generation, chunk.chunk_id, chunk.tokens, tier, verify))
-        leased = prefix[: len(refs)]
-        for ref, chunk in zip(reversed(refs), reversed(leased), strict=True):
-            self.index.touch(chunk)  # the oldest tokens become the warmest: a prefix is worth more than its tail
             chunk.reused = True
             if chunk.declined:  # used again, it is worth more now
                 self.index.mark_dirty(chunk)
-            came_from = "ssd" if chunk.prefetched else ref.tier
+            came_from = "ssd" if chunk.prefetched else tier
             self._metrics.reused(came_from, chunk.tokens * dram.arena.geometry.token_bytes)
             if chunk.prefetched:
                 chunk.prefetched = False
                 self._metrics.prefetched("used")
-        lease = self.leases.grant(client, leased, now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
+        lease = self.leases.grant(client, prefix[: len(refs)], now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
+        for chunk in prefix:
+            self.index.release(chunk)
         return Acquired(lease.lease_id, tuple(refs), miss_reason), reads
+
+    def turn_ended(self, manifest: Manifest) -> None:
+        """A turn is saved whole: its conversation may go on with it some time."""
+        size = self.index.chunk_tokens
+        if not size:
+            return  # its chunks are of an arena that is gone
+        whole, rest = divmod(manifest.kv_tokens, size)
+        end = TurnEnd(manifest.next_speaker, manifest.answer_tokens, rest / size if rest else 1.0)
+        self.placement.turn_ended(manifest.chunk_ids, min(whole, len(manifest.chunk_ids)), end, self._clock())
+
+    def expected(self, manifest: Manifest, in_s: float) -> None:
+        """Somebody says that the next turn after this one comes in about so many seconds."""
+        self.placement.expected(manifest.chunk_ids, self._clock() + max(0.0, in_s))
+
+    def wait(self, ticket: int, context: Sequence[bytes]) -> None:
+        """A turn waits with this context, since now. Lower tickets run first."""
+        self.placement.wait(ticket, context, self._clock())
 
     def release(self, client: bytes, lease_id: bytes) -> None:
         """Raises InvalidRequest: no such lease of this client."""
@@ -181,26 +229,17 @@ class Store:
         dram.drop(chunk.slot)
         self.index.leave_dram(chunk)
 
-    def plan_prefetch(self, jobs: Sequence[Sequence[bytes]], limit: int) -> list[SsdReadChunk]:
-        """Make room for, and begin to fetch, chunks that the queue will ask for. Returns what is to be read."""
+    def plan_prefetch(self, limit: int) -> list[SsdReadChunk]:
+        """Begin to fetch what the waiting turns will ask for. Returns what is to be read, at most `limit` chunks."""
         dram = self._bound()
-        on_ssd_only = {
-            chunk_id
-            for chunk_ids in jobs
-            for chunk_id in chunk_ids
-            if (chunk := self.index.get(chunk_id)) is not None and chunk.residence is Residence.ABSENT
-        }
-        if not on_ssd_only:
-            return []
-        plan = self._placement.plan_prefetch(jobs, on_ssd_only, self._resident(), dram.free_slots, limit)
         reads: list[SsdReadChunk] = []
-        for fetch in plan:
-            chunk = self.index.get(fetch.chunk_id)
-            assert chunk is not None
+        while len(reads) < limit:
+            fetch = self.placement.next_fetch(dram.free_slots, self._clock())
+            if fetch is None:
+                break
             if fetch.victim is not None:
-                victim = self.index.get(fetch.victim)
-                assert victim is not None
-                self._evict(dram, victim, "prefetch")
+                self._evict(dram, self._known(fetch.victim), "prefetch")
+            chunk = self._known(fetch.chunk_id)
             chunk.prefetched = True
             reads.append(self._begin_fetch(dram, chunk))
             self._metrics.prefetched("started")
@@ -229,7 +268,7 @@ class Store:
         # Chunks being saved hold their slots until they are on SSD; past this share the writers wait for the disk.
         keep = int(dram.slots * _FETCH_RESERVE) if self._ssd.can_read else 0
         held = dram.reserved_slots + (self.index.dirty_chunks if self._ssd.can_write else 0)
-        room = self._make_room(min(count, max(0, dram.slots - keep - held)), frozenset(), "save")
+        room = self._make_room(min(count, max(0, dram.slots - keep - held)), "save")
         slots = [dram.reserve(client) for _ in range(room)]
         return [ReservedSlot(slot, dram.generation(slot)) for slot in slots]
 
@@ -267,10 +306,7 @@ class Store:
         dram.commit(item.slot, item.chunk_id, item.parent_id, item.namespace, item.tokens)
         chunk = self.index.add(item.chunk_id, item.parent_id, item.namespace, item.tokens)
         self.index.place(chunk, item.slot, item.generation, Residence.READY)
-        if not chunk.on_ssd:
-            self.index.mark_dirty(chunk)
         self._losses.pop(item.chunk_id, None)
-        self.index.touch(chunk)
         self._metrics.written("dram", item.tokens * arena.geometry.token_bytes)
         return True
 
@@ -289,30 +325,29 @@ class Store:
         """The SSD worker wrote the chunk."""
         self._metrics.written("ssd", stored_bytes)
         if self.index.get(chunk.chunk_id) is chunk:
-            self.index.on_ssd(chunk, stored_bytes)
+            self.index.store_on_ssd(chunk, stored_bytes)
 
-    def merge_listing(self, records: Sequence[SsdRecord]) -> None:
+    def merge_listing(self, listing: Listing) -> None:
         """Believe the database: a worker that died took its unflushed chunks with it."""
-        listed = {record.chunk_id for record in records}
-        for chunk in [chunk for chunk in self.index.stored() if chunk.chunk_id not in listed]:
+        for chunk in [chunk for chunk in self.index.stored() if chunk.chunk_id not in listing]:
             self._note_loss(chunk, "evicted")
             self.index.leave_ssd(chunk)
             if chunk.residence is Residence.READY:
                 self.index.mark_dirty(chunk)
-        for record in sorted(records, key=lambda record: record.written_s):
-            chunk = self.index.add(record.chunk_id, record.parent_id, record.namespace, record.tokens)
-            self.index.on_ssd(chunk, record.bytes)
+        if not self.index.chunk_tokens:  # no arena says so yet; most chunks are full ones
+            self.index.chunk_tokens = listing.most_tokens
+        listing.store()
 
     def evict_from_ssd(self, need_bytes: int, limit: int) -> list[bytes]:
         """Let go of chunks on SSD, at most `limit`. Returns their ids; the caller has them deleted."""
-        stored = (
-            Candidate(chunk.chunk_id, chunk.ssd_bytes, leased=chunk.residence is Residence.LOADING)
-            for chunk in self.index.stored()
-        )
-        victims = self._placement.plan_ssd_eviction(stored, need_bytes)[:limit]
-        for chunk_id in victims:
-            chunk = self.index.get(chunk_id)
-            assert chunk is not None
+        victims: list[bytes] = []
+        while need_bytes > 0 and len(victims) < limit:
+            chunk_id = self.placement.next_victim("ssd", self._clock())
+            if chunk_id is None:
+                break
+            chunk = self._known(chunk_id)
+            victims.append(chunk_id)
+            need_bytes -= chunk.ssd_bytes
             if chunk.residence is Residence.ABSENT:
                 self._note_loss(chunk, "evicted")
             self.index.leave_ssd(chunk)
@@ -416,28 +451,25 @@ class Store:
     def _miss_reason(self, chunk_id: bytes) -> str:
         return "no_capacity" if self.index.get(chunk_id) is not None else self._losses.get(chunk_id, "unknown")
 
-    def _resident(self) -> Iterator[Candidate]:
-        for chunk in self.index.resident():
-            busy = chunk.leases > 0 or chunk.writing or chunk.residence is not Residence.READY
-            yield Candidate(chunk.chunk_id, chunk.tokens, busy, chunk.dirty)
+    def _known(self, chunk_id: bytes) -> Chunk:
+        chunk = self.index.get(chunk_id)
+        assert chunk is not None
+        return chunk
 
-    def _make_room(self, need: int, protected: AbstractSet[bytes], reason: str) -> int:
+    def _make_room(self, need: int, reason: str) -> int:
         """Free slots, by eviction where there are too few. Returns how many of `need` are free now."""
         dram = self._bound()
-        missing = need - dram.free_slots
-        if missing > 0:
-            plan = self._placement.plan_dram_eviction(
-                self._resident(), missing, protected, dirty_too=not self._ssd.can_write
-            )
-            for chunk_id in plan:
-                chunk = self.index.get(chunk_id)
-                assert chunk is not None
-                self._evict(dram, chunk, "unsaved" if chunk.dirty else reason)
+        while dram.free_slots < need:
+            # What exists in DRAM only goes as well where it will not get to SSD.
+            victim = self.placement.next_victim("dram", self._clock(), unsaved_too=not self._ssd.can_write)
+            if victim is None:
+                break
+            chunk = self._known(victim)
+            self._evict(dram, chunk, "unsaved" if chunk.dirty else reason)
         return min(need, dram.free_slots)
 
     def _evict(self, dram: DramTier, chunk: Chunk, reason: str) -> None:
-        assert chunk.leases == 0
-        assert not chunk.writing
+        assert not chunk.holds
         if chunk.prefetched:
             self._metrics.prefetched("wasted")
         if not chunk.on_ssd:

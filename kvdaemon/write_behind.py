@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from kvdaemon.index import Chunk
 from kvdaemon.placement.admission import WriteBudget
@@ -36,7 +37,9 @@ class WriteBehind:
         capacity_bytes: int,
         metrics: KvDaemonMetrics,
         budget_bytes_per_day: int | None = None,
+        on_written: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_written: called when chunks were written, and may leave DRAM from then on."""
         self.physical_bytes = 0
         self._problem = ""  # of the latest write
         self._worker_error = ""  # since RocksDB's last flush
@@ -46,6 +49,7 @@ class WriteBehind:
         self._ssd = ssd
         self._capacity_bytes = capacity_bytes
         self._metrics = metrics
+        self._on_written = on_written
         self._budget = WriteBudget(budget_bytes_per_day, time.monotonic()) if budget_bytes_per_day else None
         self.disk_written_bytes = 0  # by all workers of this daemon
         # Of the worker's start of this number, as last heard.
@@ -71,6 +75,7 @@ class WriteBehind:
                 await asyncio.sleep(_IDLE_S)
                 continue
             await asyncio.gather(*(self._write(chunk) for chunk in chunks if self._admit(chunk)))
+            self._on_written()
             if self.problem:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _BACKOFF_S[1])
@@ -104,7 +109,7 @@ class WriteBehind:
     async def _write(self, chunk: Chunk) -> None:
         generation = chunk.generation
         started = time.monotonic()
-        chunk.writing = True
+        self._store.index.begin_write(chunk)
         self._under_way[chunk.chunk_id] = started
         try:
             written = await self._ssd.write(chunk.slot, generation)
@@ -119,7 +124,7 @@ class WriteBehind:
             self._report(error.message)
             return
         finally:
-            chunk.writing = False
+            self._store.index.end_write(chunk)
             del self._under_way[chunk.chunk_id]
         if written.outcome == "ok":
             if self._problem:

@@ -44,7 +44,7 @@ def _field_names(cls: type) -> tuple[str, ...]:
 
 def _as_map(value: Any) -> dict[str, Any]:
     """What MessagePack makes of a message: called for whatever it does not know. Raises TypeError: not a dataclass."""
-    return {name: getattr(value, name) for name in _field_names(type(value))}
+    return {name: getattr(value, name) for name in _field_names(value.__class__)}
 
 
 def encode(frame: Frame) -> bytes:

@@ -5,7 +5,7 @@ meaning, and a field that a receiver does not know is ignored, so neighbouring v
 KV bytes are never in a message: they lie in the arena, and messages carry slots.
 
     gateway   -> inference  GetModel, RunTurn
-    gateway   -> kvdaemon   QueueOrder, GetStatus
+    gateway   -> kvdaemon   QueueOrder, Anticipate, GetStatus
     cli       -> kvdaemon   DescribeStore, FindTurns, ListManifests, LocateChunks, ScrubStore, Erase, and as inference
     inference -> kvdaemon   OpenStore, GetManifest, Acquire, Quarantine, Release, Reserve, Unreserve, Commit,
                             SaveManifest
@@ -225,6 +225,9 @@ class Manifest:
     chunk_ids: tuple[Id, ...]  # oldest first; the last one may be partial
     kv_tokens: Count
     dropped: tuple[tuple[Count, Count], ...] = ()  # token ranges lost to context overflow, section 3.4
+    # What tells placement when the next turn may come:
+    answer_tokens: Count = 0  # 0: not known
+    next_speaker: Literal["", "person", "tool"] = ""  # "": nobody knows
 
 
 @message("get_manifest")
@@ -352,6 +355,14 @@ class QueueOrder:
     """A hint: these conversations will be needed, in this order. Replaces the order told before."""
 
     turn_keys: tuple[Id, ...]  # parent turn keys of the waiting jobs, head first
+
+
+@message("anticipate")
+class Anticipate:
+    """A hint: the next turn after this one is expected in about so many seconds."""
+
+    turn_key: Id
+    in_s: Float
 
 
 @message("get_status")

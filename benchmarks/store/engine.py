@@ -186,7 +186,8 @@ def running_daemon(disk: Path, **settings: Any) -> Iterator[Stack]:
     """A kvdaemon with its data on `disk`, without the other services."""
     disk.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="ca-store-", dir=disk))
-    stack = Stack(home, "embedded", {"log_level": "warning", **settings})
+    # LRU: reading contexts in turn then finds each on SSD, as the measurements want it.
+    stack = Stack(home, "embedded", {"log_level": "warning", "placement": "lru", **settings})
     try:
         stack.start("kvdaemon")
         yield stack

@@ -134,8 +134,8 @@ def _decisions(chunks: int) -> dict[str, float]:
         dram = DramTier(arena, findings.occupied)
         store.bind(dram, findings.ready)
         listed = listing(chunks + 256)
-        store.merge_listing(listed)
-        absent = [record.chunk_id for record in listed[chunks:]]
+        store.merge_listing(store.index.new_listing().add(listed))
+        store.placement.wait(0, [record.chunk_id for record in listed[chunks:]])
         reserved: list[ReservedSlot] = []
 
         def reserve() -> None:
@@ -144,7 +144,7 @@ def _decisions(chunks: int) -> dict[str, float]:
             reserved.extend(slots)
 
         def prefetch() -> None:
-            assert len(store.plan_prefetch([absent], 4)) == 4
+            assert len(store.plan_prefetch(4)) == 4
 
         def evict() -> None:
             assert len(store.evict_from_ssd(1, limit=64)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,15 +30,15 @@ def records(chunks: int) -> Iterator[SsdRecord]:
 
 
 def listing(chunks: int) -> list[SsdRecord]:
-    """The same records as they come from the worker, page by page through the codec."""
-    listed: list[SsdRecord] = []
-    page: list[SsdRecord] = []
-    for record in records(chunks):
-        page.append(record)
-        if len(page) == _PAGE_RECORDS:
-            listed += _sent(page)
-            page = []
-    return listed + _sent(page)
+    """The same records as they come from the worker."""
+    return list(itertools.chain.from_iterable(pages(chunks)))
+
+
+def pages(chunks: int) -> Iterator[list[SsdRecord]]:
+    """The same, page by page through the codec."""
+    coming = records(chunks)
+    while page := list(itertools.islice(coming, _PAGE_RECORDS)):
+        yield _sent(page)
 
 
 def _sent(page: list[SsdRecord]) -> list[SsdRecord]:

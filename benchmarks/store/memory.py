@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 import psutil
 import typer
 
-from benchmarks.store.made import filled_arena, listing
+from benchmarks.store.made import filled_arena, pages
 from kvdaemon import adoption
 from kvdaemon.dram import DramTier
-from kvdaemon.placement.lru import LeastRecentlyUsed
+from kvdaemon.placement.anticipating import Anticipating
 from kvdaemon.store import Store
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
 from monitoring.registry import new_registry
@@ -40,7 +40,7 @@ class _Ssd:
 
 def empty_store() -> Store:
     """A store as the daemon makes it, without an arena."""
-    return Store(LeastRecentlyUsed(), _Ssd(), KvDaemonMetrics(new_registry()), "sample")
+    return Store(Anticipating(), _Ssd(), KvDaemonMetrics(new_registry()), "sample")
 
 
 def fill(store: Store, tier: Tier, chunks: int, directory: Path) -> None:
@@ -49,7 +49,10 @@ def fill(store: Store, tier: Tier, chunks: int, directory: Path) -> None:
         arena = filled_arena(directory / "arena", chunks)
         findings = adoption.survey(arena)
         store.bind(DramTier(arena, findings.occupied), findings.ready)
-    store.merge_listing(listing(chunks))
+    listing = store.index.new_listing()
+    for page in pages(chunks):
+        listing.add(page)
+    store.merge_listing(listing)
 
 
 def _measure_here(tier: Tier, chunks: int, directory: Path, *, by_line: bool) -> dict[str, Any]:

@@ -1,70 +1,68 @@
-"""Least recently used, with a prefetch that never takes from a job to give to one behind it."""
+"""Orders that look back only, and the paper's, which adds the queue to the latter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
-from itertools import islice
+import heapq
+from collections.abc import Callable
 
-from kvdaemon.placement.policy import Candidate, Fetch
+from kvdaemon.placement.policy import IsCurrent, Order, Rank, TurnEnd
+from kvdaemon.placement.runs import Run
+
+_SMALL = 1024  # entries; larger heaps are cleaned when half of them are void
 
 
-class LeastRecentlyUsed:
-    """The coldest chunk goes first, in both tiers. Stateless."""
+class HeapOrder:
+    """Runs by a number that each has when it is pushed, smallest first."""
 
-    def plan_dram_eviction(
-        self, resident: Iterable[Candidate], need: int, protected: AbstractSet[bytes], *, dirty_too: bool = False
-    ) -> list[bytes]:
-        if need < 1:
-            return []
-        clean: list[bytes] = []
-        dirty: list[bytes] = []
-        for chunk in resident:
-            if chunk.leased or chunk.chunk_id in protected:
-                continue
-            (dirty if chunk.dirty else clean).append(chunk.chunk_id)
-            if len(clean) == need:
-                break
-        return (clean + dirty)[:need] if dirty_too else clean
+    def __init__(self, is_current: IsCurrent, rank: Callable[[Run], float]) -> None:
+        self._is_current = is_current
+        self._rank = rank
+        self._heap: list[tuple[float, int, int, Run]] = []
+        self._clean_at = _SMALL
 
-    def plan_ssd_eviction(self, stored: Iterable[Candidate], need_bytes: int) -> list[bytes]:
-        victims: list[bytes] = []
-        for chunk in stored:
-            if need_bytes <= 0:
-                break
-            if not chunk.leased:
-                victims.append(chunk.chunk_id)
-                need_bytes -= chunk.size_bytes
-        return victims
+    def push(self, run: Run, stamp: int, now_s: float) -> None:
+        heapq.heappush(self._heap, (self._rank(run), run.serial, stamp, run))
+        if len(self._heap) > self._clean_at:
+            self._heap = [entry for entry in self._heap if self._is_current(entry[3], entry[2])]
+            heapq.heapify(self._heap)
+            self._clean_at = max(_SMALL, 2 * len(self._heap))
 
-    def plan_prefetch(
-        self,
-        jobs: Sequence[Sequence[bytes]],
-        on_ssd_only: AbstractSet[bytes],
-        resident: Iterable[Candidate],
-        free_slots: int,
-        limit: int,
-    ) -> list[Fetch]:
-        """Victims: chunks that no waiting job wants, coldest first; then those of jobs behind, the last job's first."""
-        first_job: dict[bytes, int] = {}
-        for position, chunk_ids in enumerate(jobs):
-            for chunk_id in chunk_ids:
-                first_job.setdefault(chunk_id, position)
-        evictable = [chunk.chunk_id for chunk in resident if not chunk.leased and not chunk.dirty]
-        unwanted = [chunk_id for chunk_id in evictable if chunk_id not in first_job]
-        wanted_later = sorted(
-            (chunk_id for chunk_id in evictable if chunk_id in first_job), key=lambda c: first_job[c], reverse=True
-        )
-        victims = iter([*unwanted, *wanted_later])
-        plan: list[Fetch] = []
-        wanted = (chunk_id for chunk_id in first_job if chunk_id in on_ssd_only)  # in queue order, by insertion
-        for chunk_id in islice(wanted, limit):
-            if free_slots > 0:
-                free_slots -= 1
-                plan.append(Fetch(chunk_id))
-                continue
-            victim = next(victims, None)
-            if victim is None or first_job.get(victim, len(jobs)) <= first_job[chunk_id]:
-                break  # whatever is left is wanted sooner, and so is everything after it
-            plan.append(Fetch(chunk_id, victim))
-        return plan
+    def worst(self, now_s: float) -> Run | None:
+        heap = self._heap
+        while heap:
+            _, _, stamp, run = heap[0]
+            if self._is_current(run, stamp):
+                return run
+            heapq.heappop(heap)
+        return None
+
+
+class FirstInFirstOut:
+    """The conversation that came first goes first, however recently it was used."""
+
+    looks_ahead = False
+
+    def new_order(self, is_current: IsCurrent) -> Order:
+        return HeapOrder(is_current, lambda run: run.entered_s)
+
+    def turn_ended(self, end: TurnEnd, now_s: float) -> Rank:
+        return Rank()
+
+    def turn_returned(self, profile: object, now_s: float, *, partial_hit: bool | None) -> None:
+        pass
+
+    def turn_forked(self, profile: object, now_s: float) -> Rank:
+        return Rank()
+
+
+class LeastRecentlyUsed(FirstInFirstOut):
+    """The conversation that was used longest ago goes first."""
+
+    def new_order(self, is_current: IsCurrent) -> Order:
+        return HeapOrder(is_current, lambda run: run.used_s)
+
+
+class SchedulerAware(LeastRecentlyUsed):
+    """The paper's policy (section 3.3): waiting turns keep what they need; where the paper is silent, LRU."""
+
+    looks_ahead = True

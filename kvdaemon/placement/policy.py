@@ -1,67 +1,76 @@
-"""What a placement policy decides, from what, as plain values.
+"""What a placement policy is: an order in which runs leave a tier.
 
-A policy sees chunks as `Candidate`s in order of last use and answers with chunk ids. It changes nothing and asks
-nobody: the store executes a plan and records what came of it. First-in-first-out or scheduler-aware placement is
-another class with these three methods (Paper: section 3.3).
+A policy changes nothing but its own order, and asks nobody: time arrives as an argument. Which chunks may go at all,
+what waiting turns need, and the windows of the paper's section 3.3 are the same for all policies (placement.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from kvdaemon.placement.runs import UNKNOWN_WORTH, Run, Worth
+
+IsCurrent = Callable[[Run, int], bool]  # whether an entry, by its stamp, still says how things are
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A chunk as a policy sees it.
+class TurnEnd:
+    """What is known of a conversation when a turn of it has ended.
 
-    leased: somebody reads it, or it is on its way in or out; it must stay. dirty: it exists in DRAM only.
+    next_speaker: "person" or "tool", whoever is expected to speak next; "" where nobody said. answer_tokens: 0 where
+    unknown. partial_share: how full its last chunk is, 0 to 1. The rest is filled in by the placement: turns so far,
+    chunks of context, of which so many came with this turn, and seconds between the turn before and this one.
     """
 
-    chunk_id: bytes
-    size_bytes: int
-    leased: bool = False
-    dirty: bool = False
+    next_speaker: str = ""
+    answer_tokens: int = 0
+    partial_share: float = 1.0
+    answers: int = 1
+    chunks: int = 1
+    new_chunks: int = 1
+    gap_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Bring `chunk_id` from SSD into DRAM; `victim`, where there is one, leaves its slot for it."""
+class Rank(NamedTuple):
+    """What a policy makes of a turn's end. profile: handed back when the conversation goes on."""
 
-    chunk_id: bytes
-    victim: bytes | None = None
+    profile: object = None
+    worth: Worth = UNKNOWN_WORTH
+    partial_worth: Worth = UNKNOWN_WORTH  # of the chunk that is not full
 
 
-class Placement(Protocol):
-    def plan_dram_eviction(
-        self, resident: Iterable[Candidate], need: int, protected: AbstractSet[bytes], *, dirty_too: bool = False
-    ) -> list[bytes]:
-        """Which chunks leave DRAM, best victim first: `need` of them, or fewer where there are not so many.
+class Order(Protocol):
+    """The runs of one tier that may lose their last chunk, worst first."""
 
-        resident: coldest first; read only as far as needed. protected: chunks that must stay though unleased.
-        dirty_too: dirty chunks may go as well, after all clean ones.
+    def push(self, run: Run, stamp: int, now_s: float) -> None:
+        """The run is a candidate, with its present worth. An earlier entry of it is void by its stamp."""
+        ...
+
+    def worst(self, now_s: float) -> Run | None:
+        """The run to take from next. Void entries are dropped on the way."""
+        ...
+
+
+class Policy(Protocol):
+    """Makes orders, and learns from what happens."""
+
+    looks_ahead: bool  # whether waiting turns count, as the paper's scheduler-aware placement has it
+
+    def new_order(self, is_current: IsCurrent) -> Order: ...
+
+    def turn_ended(self, end: TurnEnd, now_s: float) -> Rank:
+        """A turn ended: what its conversation is worth from now on."""
+        ...
+
+    def turn_returned(self, profile: object, now_s: float, *, partial_hit: bool | None) -> None:
+        """A conversation goes on whose last turn got this profile.
+
+        partial_hit: whether the new turn asked for the chunk that was not full; None where there was none.
         """
         ...
 
-    def plan_ssd_eviction(self, stored: Iterable[Candidate], need_bytes: int) -> list[bytes]:
-        """Which chunks leave the SSD, best victim first, until they add up to need_bytes or nothing is left.
-
-        stored: coldest first.
-        """
-        ...
-
-    def plan_prefetch(
-        self,
-        jobs: Sequence[Sequence[bytes]],
-        on_ssd_only: AbstractSet[bytes],
-        resident: Iterable[Candidate],
-        free_slots: int,
-        limit: int,
-    ) -> list[Fetch]:
-        """Which chunks of the waiting jobs to fetch now, for the head of the queue first, at most `limit`.
-
-        jobs: the chunk ids of each waiting job, head first. resident: coldest first.
-        """
+    def turn_forked(self, profile: object, now_s: float) -> Rank:
+        """Another turn shares the beginning of a conversation but not the rest, which has this profile."""
         ...

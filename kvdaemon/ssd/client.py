@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kvdaemon.failpoints import reach
+from kvdaemon.index import Listing
 from monitoring.logs import get_logger
 from protocol.arena import Arena
 from protocol.errors import CachedAttentionError, PeerError, PeerProtocolError, PeerTimeout, PeerUnavailable
@@ -44,7 +45,6 @@ from protocol.messages import (
     SsdRead,
     SsdReadChunk,
     SsdReadDone,
-    SsdRecord,
     SsdScrub,
     SsdScrubbed,
     SsdStatus,
@@ -72,7 +72,8 @@ _PAGE_RECORDS = 4096
 class SsdLink:
     """One per daemon, where there is an SSD tier. One event loop owns it.
 
-    on_listed: called with every record of the database after each start of a worker, before it is used.
+    new_listing, on_listed: after each start of a worker and before it is used, every record of the database goes into a
+    new listing, and that to on_listed.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class SsdLink:
         database: Path,
         capacity_bytes: int,
         *,
-        on_listed: Callable[[list[SsdRecord]], None],
+        new_listing: Callable[[], Listing],
+        on_listed: Callable[[Listing], None],
     ) -> None:
         self.problem = "the SSD worker is starting"  # why it is not up; empty while it is
         self.starts = 0
@@ -89,6 +91,7 @@ class SsdLink:
         self._run_dir = run_dir
         self._database = database
         self._capacity_bytes = capacity_bytes
+        self._new_listing = new_listing
         self._on_listed = on_listed
         self._arena: Arena | None = None
         self._attached_id = b""
@@ -272,14 +275,14 @@ class SsdLink:
             connected.cancel()
             raise PeerUnavailable("it ended")
         connected.result()
-        records: list[SsdRecord] = []
+        listing = self._new_listing()
         after, more = b"", True
         while more:
             page = await client.request(SsdList(after, _PAGE_RECORDS), SsdPage, _READ_S)
-            records += page.records
+            listing.add(page.records)
             more = page.more and bool(page.records)
             after = page.records[-1].chunk_id if page.records else b""
-        self._on_listed(records)
+        self._on_listed(listing)
         while self._arena is not None and self._attached_id != self._arena.arena_id:
             await self._attach_now(self._arena)
 

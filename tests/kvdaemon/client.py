@@ -324,7 +324,11 @@ class DaemonProcess:
 
 @contextmanager
 def running_daemon(base: Path, **fields: Any) -> Iterator[DaemonProcess]:
-    """A daemon with a run directory in shared memory and its data below `base`. Prints its log at the end."""
+    """A daemon with a run directory in shared memory and its data below `base`. Prints its log at the end.
+
+    Its placement is the paper's unless `fields` say otherwise: a test can then tell who leaves DRAM next, by LRU.
+    """
+    fields.setdefault("policy", "scheduler-aware")
     run_dir = Path("/dev/shm") / f"kvd-{os.getpid()}-{new_id().hex()[:8]}"
     run_dir.mkdir(mode=0o700)
     data_dir = base / "data"

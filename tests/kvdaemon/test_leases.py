@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import pytest
 
-from kvdaemon.index import Chunk
+from kvdaemon.index import Chunk, ChunkIndex, Residence
 from kvdaemon.leases import LeaseBook
+from kvdaemon.placement.lru import LeastRecentlyUsed
+from kvdaemon.placement.placement import Placement
 from protocol.errors import InvalidRequest
 
 A, B = b"a" * 16, b"b" * 16
 
 
-def chunk(name: bytes = b"c") -> Chunk:
-    return Chunk(name * 16, b"p" * 16, b"n" * 16, 1)
+class Book(LeaseBook):
+    """With the index and the placement that its leases hold chunks in."""
+
+    def __init__(self) -> None:
+        self.placement = Placement(LeastRecentlyUsed(), {"dram": 10, "ssd": 10})
+        self.index = ChunkIndex(self.placement, lambda: 0.0)
+        super().__init__(self.index)
+
+    def chunk(self, name: bytes = b"c") -> Chunk:
+        chunk = self.index.add(name * 16, b"p" * 16, b"n" * 16, 1)
+        self.index.place(chunk, 0, 1, Residence.READY)
+        self.index.mark_clean(chunk)
+        return chunk
+
+    @property
+    def victim(self) -> bytes | None:
+        return self.placement.next_victim("dram", 0.0)
 
 
 def test_counts_follow_leases() -> None:
     """A chunk counts its leases; a second lease keeps it held."""
-    book, held = LeaseBook(), chunk()
+    book = Book()
+    held = book.chunk()
     first, second = book.grant(A, [held], 10.0), book.grant(B, [held], 10.0)
     assert held.leases == 2
+    assert book.victim is None
     book.release(first.lease_id, A)
     assert (held.leases, len(book), book.holders()) == (1, 1, {B})
     book.release(second.lease_id, B)
     assert (held.leases, len(book)) == (0, 0)
+    assert book.victim == held.chunk_id
 
 
 def test_a_lease_ends_once() -> None:
     """Released twice, released by somebody else, unknown, or after it was revoked: refused, and nothing changes."""
-    book, held = LeaseBook(), chunk()
+    book = Book()
+    held = book.chunk()
     lease = book.grant(A, [held], 10.0)
     for lease_id, client in ((lease.lease_id, B), (b"x" * 16, A)):
         with pytest.raises(InvalidRequest):
@@ -45,7 +66,7 @@ def test_a_lease_ends_once() -> None:
 
 
 def test_only_what_is_due_expires() -> None:
-    book = LeaseBook()
+    book = Book()
     due, later = book.grant(A, [], 1.0), book.grant(A, [], 2.0)
     released = book.grant(A, [], 0.5)
     book.release(released.lease_id, A)
@@ -55,7 +76,8 @@ def test_only_what_is_due_expires() -> None:
 
 
 def test_death_of_a_client_ends_its_leases_only() -> None:
-    book, held = LeaseBook(), chunk()
+    book = Book()
+    held = book.chunk()
     mine, other = book.grant(A, [held], 9.0), book.grant(B, [held], 9.0)
     assert book.revoke_client(A) == [mine]
     assert (held.leases, book.holders()) == (1, {B})
@@ -64,7 +86,7 @@ def test_death_of_a_client_ends_its_leases_only() -> None:
 
 def test_released_leases_leave_no_trace() -> None:
     """Expiry times of released leases are swept, long before they are due."""
-    book = LeaseBook()
+    book = Book()
     for _ in range(10_000):
         book.release(book.grant(A, [], 1e9).lease_id, A)
         book.revoke_expired(0.0)
@@ -73,7 +95,8 @@ def test_released_leases_leave_no_trace() -> None:
 
 def test_leases_on_an_erased_chunk_are_revoked() -> None:
     """All that hold it, and no other; their other chunks are let go of too."""
-    book, erased, other = LeaseBook(), chunk(b"e"), chunk(b"o")
+    book = Book()
+    erased, other = book.chunk(b"e"), book.chunk(b"o")
     both, alone = book.grant(A, [erased, other], 10.0), book.grant(B, [other], 10.0)
     assert book.revoke_holding(erased) == [both]
     assert (erased.leases, other.leases, len(book)) == (0, 1, 1)

@@ -55,7 +55,9 @@ class Bench:
 
     def stored(self, *chunk_ids: bytes) -> None:
         """Chunks that are on SSD only."""
-        self.store.merge_listing([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in chunk_ids])
+        self.store.merge_listing(
+            self.store.index.new_listing().add([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in chunk_ids])
+        )
 
     def acquire(
         self, *chunk_ids: bytes, client: bytes = A, namespace: bytes = NAMESPACE, **fields: object
@@ -270,7 +272,7 @@ def test_a_restarted_worker_is_believed(bench: Bench) -> None:
     """Chunks that it lost are dirty again where DRAM has them, and gone where it has not."""
     bench.save(*IDS[:8])
     bench.store.reserve(A, 1)  # evicts the coldest
-    bench.store.merge_listing([])
+    bench.store.merge_listing(bench.store.index.new_listing().add([]))
     assert bench.store.index.get(IDS[0]) is None
     assert [chunk.chunk_id for chunk in bench.store.next_dirty(100)] == IDS[1:8]
 

@@ -3,6 +3,7 @@ leaves its slot, no slot is lost, and what a lease names is what was committed."
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -12,19 +13,20 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvdaemon.dram import DramTier
 from kvdaemon.index import Residence
-from kvdaemon.placement.lru import LeastRecentlyUsed
+from kvdaemon.placement.policies import POLICIES
 from kvdaemon.store import Store
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
 from monitoring.registry import new_registry
 from protocol.arena import Arena, SlotState
 from protocol.ids import ROOT
-from protocol.messages import Acquire, CommittedChunk, ReservedSlot, SlotRef, SsdReadChunk, SsdRecord
+from protocol.messages import Acquire, CommittedChunk, Manifest, ReservedSlot, SlotRef, SsdReadChunk, SsdRecord
 from tests.kvdaemon.client import NAMESPACE, SMALL
 
 CLIENTS = [b"a" * 16, b"b" * 16]
 # Three conversations of four chunks, each chunk's parent before it.
 CHAINS = [[bytes([chain, chunk]) * 8 for chunk in range(4)] for chain in range(1, 4)]
 CHUNKS = [chunk for chain in CHAINS for chunk in chain]
+PARENTS = {chunk: parent for chain in CHAINS for parent, chunk in itertools.pairwise([ROOT, *chain])}
 SLOTS = 5
 
 
@@ -38,17 +40,19 @@ class Ssd:
 class StoreMachine(RuleBasedStateMachine):
     reserved = Bundle("reserved")
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(policy=st.sampled_from(sorted(POLICIES)))
+    def begin(self, policy: str) -> None:
         self.directory = tempfile.TemporaryDirectory(dir="/dev/shm")
         path = Path(self.directory.name) / "arena"
         self.arena = Arena.create(path, SMALL, SLOTS * (SMALL.slot_bytes + SMALL.entry_bytes) + 2 * 4096)
         assert self.arena.slots == SLOTS
         self.ssd = Ssd()
         self.metrics = KvDaemonMetrics(new_registry())
-        self.store = Store(LeastRecentlyUsed(), self.ssd, self.metrics, "sample")
-        self.store.bind(DramTier(self.arena))
         self.now_s = 0.0
+        self.store = Store(POLICIES[policy](), self.ssd, self.metrics, "sample", 1 << 20, lambda: self.now_s)
+        self.store.bind(DramTier(self.arena))
+        self.waiting: list[int] = []  # tickets of waiting turns
+        self.tickets = 0
         # The model.
         self.on_disk: set[bytes] = set()  # what the worker would list
         self.in_slot: dict[tuple[int, int], bytes] = {}  # (slot, generation) -> chunk, for everything handed out
@@ -80,7 +84,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.arena.set_layer_ready(slot.slot, layer, 0)
         known = self.store.index.get(chunk_id)
         was_resident = known is not None and known.residence is not Residence.ABSENT
-        chunk = CommittedChunk(slot.slot, slot.generation, chunk_id, ROOT, NAMESPACE, 5)
+        chunk = CommittedChunk(slot.slot, slot.generation, chunk_id, PARENTS[chunk_id], NAMESPACE, 5)
         (accepted,) = self.store.commit(client, [chunk])
         assert accepted == (was_mine and whole)
         if accepted and not was_resident:
@@ -143,9 +147,23 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.expire(self.now_s)
         self.held = {key: lease for key, lease in self.held.items() if lease[2] > self.now_s}
 
-    @rule(chunk_ids=st.permutations(CHAINS), limit=st.integers(1, 4))
-    def prefetch(self, chunk_ids: list[list[bytes]], limit: int) -> None:
-        for read in self.store.plan_prefetch(chunk_ids, limit):
+    @rule(chains=st.lists(st.sampled_from(CHAINS), max_size=4))
+    def queue_changes(self, chains: list[list[bytes]]) -> None:
+        while self.waiting:
+            self.store.placement.go(self.waiting.pop())
+        for chain in chains:
+            self.tickets += 1
+            self.waiting.append(self.tickets)
+            self.store.placement.wait(self.tickets, chain)
+
+    @rule(chain=st.sampled_from(CHAINS), length=st.integers(1, 4))
+    def turn_ends(self, chain: list[bytes], length: int) -> None:
+        ids = tuple(chain[:length])
+        self.store.turn_ended(Manifest(b"t" * 16, NAMESPACE, b"", "", ids, SMALL.chunk_tokens * length))
+
+    @rule(limit=st.integers(1, 4))
+    def prefetch(self, limit: int) -> None:
+        for read in self.store.plan_prefetch(limit):
             assert read.chunk_id in self.on_disk
             self.in_slot[read.slot, read.generation] = read.chunk_id
 
@@ -201,7 +219,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self._slot_lost(chunk.slot, chunk.generation)
                 self.store.fetch_failed(SsdReadChunk(chunk.chunk_id, chunk.slot, chunk.generation))
         self.on_disk -= lost
-        self.store.merge_listing([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in sorted(self.on_disk)])
+        self.store.merge_listing(
+            self.store.index.new_listing().add([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in sorted(self.on_disk)])
+        )
 
     @rule(can_read=st.booleans(), can_write=st.booleans())
     def ssd_state(self, can_read: bool, can_write: bool) -> None:
@@ -234,6 +254,27 @@ class StoreMachine(RuleBasedStateMachine):
         dirty = list(index.dirty())
         assert all(chunk.dirty and chunk.residence is Residence.READY and not chunk.on_ssd for chunk in dirty)
         assert index.dirty_chunks == len(dirty) == sum(chunk.dirty for chunk in resident)
+
+    @invariant()
+    def placement_knows_the_same(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        index, placement = self.store.index, self.store.placement
+        tree = placement.tree
+        assert tree.held.keys() | tree.unsaved <= {chunk.chunk_id for chunk in index}
+        for chunk in index:
+            assert tree.holds("dram", chunk.chunk_id) == (chunk.residence is not Residence.ABSENT)
+            assert tree.holds("ssd", chunk.chunk_id) == chunk.on_ssd
+            assert (chunk.chunk_id in tree.held) == (chunk.holds > 0)
+            assert (chunk.chunk_id in tree.unsaved) == chunk.dirty
+            assert chunk.leases >= 0
+        for victim in (placement.next_victim("dram", self.now_s), placement.next_victim("ssd", self.now_s)):
+            known = index.get(victim) if victim is not None else None
+            assert (victim is None) == (known is None)
+            assert known is None or not known.holds
+        is_free_to_go = any(not c.holds and not c.dirty for c in index.resident())
+        if is_free_to_go and not any(c.holds or c.dirty for c in index.resident()):
+            assert placement.next_victim("dram", self.now_s) is not None
 
     @invariant()
     def leased_chunks_stay(self) -> None:
