@@ -64,7 +64,8 @@ def test_a_lease_grant_never_waits_for_the_ssd(tmp_path: Path, how: str) -> None
             control.write_text("put.before hold\n")
         else:
             os.kill(worker, signal.SIGSTOP)
-        await client.save(make_chain(SMALL, 1, seed=50))  # write-behind is stuck with it
+        await client.save(make_chain(SMALL, 1, seed=50))  # write-behind is stuck with it,
+        await asyncio.sleep(0.5)  # once it has seen it: the worker must have no chance to read first
         await client.rpc.request(QueueOrder((cold.key,)), Ack, 5.0)
         await eventually(
             lambda: metric(daemon.metrics(), 'cachedattention_prefetch_total{outcome="started"}') > 0, "a prefetch"
