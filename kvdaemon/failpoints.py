@@ -4,7 +4,7 @@
 every point that is reached looks into the file, which arms at most one of them by a line of its own:
 
     commit.named stop               the process stops (SIGSTOP) at this very place; the file is renamed to *.reached
-    put.before hold                 it waits there until the file goes
+    put.before hold                 it waits there until the file goes; meanwhile there is a file *.reached
     flush.before sleep 0.5          as often as it is reached, until the file goes
     put.before fail No space left   the same
 
@@ -89,6 +89,7 @@ def _nothing(point: Point) -> None:
 
 def armed_by(path: Path) -> Callable[[Point], None]:
     """`reach` as the file at `path` has it be."""
+    mark = path.with_name(f"{path.name}.reached")
 
     def armed(point: Point) -> list[str]:
         """The action for a point, and its argument; nothing, if it is not armed."""
@@ -103,10 +104,12 @@ def armed_by(path: Path) -> Callable[[Point], None]:
             case []:
                 return
             case ["stop"]:
-                _stop(path)
+                _stop(path, mark)
             case ["hold"]:
+                mark.touch()
                 while armed(point) == ["hold"]:
                     time.sleep(0.01)
+                mark.unlink(missing_ok=True)
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
             case ["fail", text]:
@@ -117,9 +120,9 @@ def armed_by(path: Path) -> Callable[[Point], None]:
     return reach
 
 
-def _stop(path: Path) -> None:
+def _stop(path: Path, mark: Path) -> None:
     try:
-        path.rename(path.with_name(f"{path.name}.reached"))
+        path.rename(mark)
     except FileNotFoundError:
         return  # another thread or process was here first
     # To this thread, not to the process: it does not come one instruction further.

@@ -64,8 +64,9 @@ def test_a_lease_grant_never_waits_for_the_ssd(tmp_path: Path, how: str) -> None
             control.write_text("put.before hold\n")
         else:
             os.kill(worker, signal.SIGSTOP)
-        await client.save(make_chain(SMALL, 1, seed=50))  # write-behind is stuck with it,
-        await asyncio.sleep(0.5)  # once it has seen it: the worker must have no chance to read first
+        await client.save(make_chain(SMALL, 1, seed=50))  # write-behind is stuck with it
+        if how == "stuck":  # before it reads anything
+            await eventually(control.with_name("failpoint.reached").exists, "a write that is held")
         await client.rpc.request(QueueOrder((cold.key,)), Ack, 5.0)
         await eventually(
             lambda: metric(daemon.metrics(), 'cachedattention_prefetch_total{outcome="started"}') > 0, "a prefetch"
