@@ -149,12 +149,14 @@ class Store:
             at = request.partial_index if request.partial_id is not None else len(request.chunk_ids)
             partial = (request.partial_id,) if request.partial_id is not None else ()
             self.placement.used((*request.chunk_ids[:at], *partial, *request.chunk_ids[at:]), self._clock())
-        for chunk in prefix:  # room is not made of what is asked for
-            self.index.hold(chunk)
         absent = sum(chunk.residence is Residence.ABSENT for chunk in prefix)
+        spared = prefix if absent else []  # room is not made of what is asked for
+        for chunk in spared:
+            self.index.hold(chunk)
         room = self._make_room(absent, "fetch") if absent else 0
         refs: list[SlotRef] = []
         reads: list[SsdReadChunk] = []
+        reused: dict[Literal["dram", "ssd"], int] = {"dram": 0, "ssd": 0}  # tokens, by where they came from
         for chunk in prefix:
             was_resident = chunk.residence is Residence.READY
             if chunk.residence is Residence.ABSENT:
@@ -169,14 +171,15 @@ class Store:
             chunk.reused = True
             if chunk.declined:  # used again, it is worth more now
                 self.index.mark_dirty(chunk)
-            came_from = "ssd" if chunk.prefetched else tier
-            self._metrics.reused(came_from, chunk.tokens * dram.arena.geometry.token_bytes)
+            reused["ssd" if chunk.prefetched else tier] += chunk.tokens
             if chunk.prefetched:
                 chunk.prefetched = False
                 self._metrics.prefetched("used")
         lease = self.leases.grant(client, prefix[: len(refs)], now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
-        for chunk in prefix:
+        for chunk in spared:
             self.index.release(chunk)
+        for came_from, tokens in reused.items():
+            self._metrics.reused(came_from, tokens * dram.arena.geometry.token_bytes)
         return Acquired(lease.lease_id, tuple(refs), miss_reason), reads
 
     def turn_ended(self, manifest: Manifest) -> None:
