@@ -55,7 +55,7 @@ def test_loss_is_on_answers_only(tokenizer_file: Path, encoder: Encoder) -> None
         theirs = model(input_ids=tokens, labels=tokens.masked_fill(~answers, -100)).loss
     torch.testing.assert_close(loss, theirs)
     said = encoder.decode(tokens[0][answers[0]].tolist())
-    assert "Noted:" in said
+    assert "Noted." in said
     assert "?" not in said
 
 
