@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvdaemon.index import Chunk
 from kvdaemon.placement.admission import WriteBudget
@@ -45,6 +45,8 @@ class WriteBehind:
         self._worker_error = ""  # since RocksDB's last flush
         self._is_full = False  # says the worker: chunks must go before another can come
         self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
+        self._evicted: tuple[bytes, ...] = ()  # from the books of the SSD tier, and not yet deleted there
+        self._evicted_in = 0  # the worker's start of this number
         self._store = store
         self._ssd = ssd
         self._capacity_bytes = capacity_bytes
@@ -58,7 +60,10 @@ class WriteBehind:
 
     @property
     def problem(self) -> str:
-        """Why nothing can be written; empty while it can."""
+        """Why nothing can be written; empty while it can. From any thread."""
+        began = tuple(self._under_way.values())
+        if began and time.monotonic() - min(began) > _SLOW_S:
+            return f"the disk is too slow: a write takes longer than {_SLOW_S:.0f} s"
         return self._problem or self._worker_error
 
     @property
@@ -130,7 +135,10 @@ class WriteBehind:
             if self._problem:
                 log.info("writing to SSD again")
                 self._problem = ""
-            self._metrics.saved_to_ssd(time.monotonic() - started)
+            seconds = time.monotonic() - started
+            if seconds > _SLOW_S:
+                log.warning("the disk was too slow", seconds=round(seconds, 1), queue=self._store.index.dirty_chunks)
+            self._metrics.saved_to_ssd(seconds)
             self._store.written_behind(chunk, written.bytes)
         elif written.outcome == "full":
             self._is_full = True
@@ -156,8 +164,6 @@ class WriteBehind:
         asked_s = float("-inf")
         while True:
             await asyncio.sleep(_CAP_CHECK_S)
-            if self._under_way and time.monotonic() - min(self._under_way.values()) > _SLOW_S:
-                self._report(f"the disk is too slow: a write takes longer than {_SLOW_S:.0f} s")
             if not self._ssd.is_up:
                 continue
             try:
@@ -188,6 +194,7 @@ class WriteBehind:
             self._budget.wrote(self.disk_written_bytes, time.monotonic())
 
     async def _keep_cap_once(self) -> None:
+        await self._delete(())  # what could not be deleted before
         index = self._store.index
         high = self._capacity_bytes * _HIGH
         if self._is_full:  # what RocksDB adds to the chunks is more than we thought
@@ -200,4 +207,13 @@ class WriteBehind:
             victims = self._store.evict_from_ssd(int(index.ssd_bytes - low), limit=_DELETE_AT_ONCE)
             if not victims:
                 return
-            await self._ssd.delete(victims)
+            await self._delete(victims)
+
+    async def _delete(self, victims: Sequence[bytes]) -> None:
+        """Delete chunks that the books have let go of. Those that a full disk keeps are deleted with the next ones."""
+        if self._evicted_in != self._ssd.starts:  # the worker is a new one, and the books say what it has
+            self._evicted, self._evicted_in = (), self._ssd.starts
+        self._evicted += tuple(victims)
+        if self._evicted:
+            await self._ssd.delete(self._evicted)
+            self._evicted = ()

@@ -508,9 +508,9 @@ class SsdWorker:
 
     async def _reclaim(self, garbage: Garbage, deadline_s: float) -> None:
         """Give the space of one file's garbage back. Raises CapacityError: the disk is full, or too slow; PeerError."""
-        await self._delete_and_flush(partial(self._tables.bury, garbage), deadline_s)
+        await self._patiently(partial(self._tables.bury, garbage), deadline_s)
         await self._compact(partial(self._tables.reclaim, garbage))
-        await self._delete_and_flush(partial(self._tables.reclaimed, garbage), deadline_s)
+        await self._patiently(partial(self._tables.reclaimed, garbage), deadline_s)  # flushed when the next chunks are
 
     async def _delete_and_flush(self, delete: Callable[[], T], deadline_s: float) -> T:
         """Raises CapacityError: the disk is full, or too slow; PeerError."""
