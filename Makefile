@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint types imports check format equality soak chaos kills damage compose-test bench test-gpu clean
+.PHONY: help run install test lint types imports check format equality soak chaos kills damage churn compose-test bench test-gpu clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -76,6 +76,9 @@ kills: $(INSTALLED_TEST)  ## 350 kills at named places and at random, against a 
 
 damage: $(INSTALLED_TEST)  ## thousands of flipped bits, swapped records, cut files (an hour)
 	DAMAGES=1000 $(BIN)/python -m pytest -rP tests/faults/test_damage.py $(ARGS)
+
+churn: $(INSTALLED_TEST)  ## saves five times the SSD tier at three sizes, and watches what it takes (minutes)
+	CHURN=5 $(BIN)/python -m pytest -rP tests/faults/test_kvdaemon_caps.py $(ARGS)
 
 compose-test:  ## build the image, run compose.yaml in a Docker engine of its own (root; minutes)
 	tests/compose/run

@@ -61,7 +61,7 @@ _LINKS = ("data_dir", "run_dir", "kvdaemon_endpoint", "keys")
 _SHOWN_DIGITS = 12  # of a turn key; enough of them to name it again
 _PIPE_COLUMNS = 200
 _SCRUB_S, _SCRUB_IDLE_S = 7 * 24 * 3600.0, 600.0
-_ERASE_S = 4 * 3600.0  # compaction rewrites what held it
+_ERASE_S = 4 * 3600.0  # compaction rewrites what held records and manifests
 _TEXT_COLUMNS = ("", "id", "saved", "last hit")
 
 Key = Annotated[
@@ -435,7 +435,7 @@ def erase(
         f" {receipt.leases_revoked} leases revoked."
     )
     before, after = format_size(receipt.ssd_physical_before), format_size(receipt.ssd_physical_after)
-    console.print(f"SSD: compacted; the database's files took {before} before, {after} after.")
+    console.print(f"SSD: destroyed where it lay, compacted; the tier's files took {before} before, {after} after.")
     if receipt.shared_chunks:
         console.print(f"{receipt.shared_chunks} chunks stay: other conversations begin with the same text.")
     if receipt.deferred_slots:

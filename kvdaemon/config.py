@@ -18,7 +18,7 @@ PolicyName = Literal["fifo", "lru", "scheduler-aware", "anticipating"]
 class KvDaemonConfig:
     """run_dir: a directory on tmpfs, for the arena, sockets and client locks. data_dir: a directory on disk.
 
-    dram_bytes: size of the arena. ssd_bytes: physical bytes RocksDB may take; 0 switches the SSD tier off.
+    dram_bytes: size of the arena. ssd_bytes: physical bytes the SSD tier may take on the disk; 0 switches it off.
     ssd_write_budget_bytes: that may be written to the SSD in a day; None: without limit.
     policy: what stays where when the tiers are full (placement/policies.py). verify: which resident chunks readers are
     asked to check against their checksums. scrub_bytes_per_s: how fast chunks in DRAM are verified in the background;
@@ -45,7 +45,7 @@ class KvDaemonConfig:
             raise ConfigError(f"{self.ssd_bytes} bytes of SSD make no sense; 0 switches the tier off", param="ssd")
         if 0 < self.ssd_bytes < LEAST_SSD_BYTES:
             raise ConfigError(
-                f"{self.ssd_bytes} bytes of SSD are too few for RocksDB, which needs {LEAST_SSD_BYTES}; "
+                f"{self.ssd_bytes} bytes of SSD are too few for a tier, which needs {LEAST_SSD_BYTES}; "
                 "0 switches the tier off",
                 param="ssd",
             )

@@ -7,8 +7,8 @@ which a cancelled turn leaves. Memory in no use is overwritten too, for evicted 
     plan       read all contexts: who is related to the turn, which chunks others need
     DRAM       the chunks leave the books, leases on them end, their slots are overwritten with zeros
     unused     so are free slots, and what partial chunks leave unused of theirs
-    SSD        chunks are deleted and what held them compacted; manifests last, so that an erasure that broke off can be
-               asked for again
+    SSD        chunks are deleted, where they lay destroyed, and what held records compacted; manifests last, so that an
+               erasure that broke off can be asked for again
 
 Nothing that is under way brings anything back: manifests are withheld meanwhile; a chunk that is being fetched or
 written behind is waited for; a turn that continues the erased one and is saved meanwhile is erased in another round. A
@@ -331,8 +331,6 @@ class Eraser:
         if progress.physical_before is None:
             progress.physical_before = erased.physical_before
         progress.physical_after = erased.physical_after
-        if erased.unplaced:
-            progress.left.append(f"on SSD, bytes of {len(erased.unplaced)} chunks whose damaged records are deleted")
         for path in await asyncio.to_thread(lambda: list(self._put_aside())):
             progress.left.append(f"{path}, a damaged database that was put aside, was not searched")
 

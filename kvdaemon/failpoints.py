@@ -58,21 +58,24 @@ FrontPoint = Literal[
     "ssd_erase.after",
 ]
 WorkerPoint = Literal[
+    # A chunk's record, when its KV is in a chunk file.
     "put.before",
     "put.after",
     "put_manifest.before",
     "put_manifest.after",
     "flush.before",
-    "flush.layers",
     "flush.after",
-    # One layer: read and verified, copied into the slot, marked as ready there.
+    # Some layers of a chunk: read into the slot and verified, marked as ready there.
     "layer.before",
-    "layer.copied",
+    "layer.read",
     "layer.after",
     "delete.before",
     "delete.after",
     "delete_manifest.before",
     "delete_manifest.after",
+    # The bytes at a place that no record speaks of any more.
+    "destroy.before",
+    "destroy.after",
     "compact.before",
     "compact.after",
 ]

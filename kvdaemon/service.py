@@ -480,7 +480,7 @@ class KvDaemon:
         metrics.watch("manifest_queue", "Saved contexts not on SSD yet", lambda: self.manifests.waiting)
         metrics.watch(
             "ssd_physical_bytes",
-            "What RocksDB takes on the disk, garbage included",
+            "What the SSD tier takes on the disk",
             lambda: self.write_behind.physical_bytes if self.write_behind is not None else 0,
         )
         metrics.watch(

@@ -22,8 +22,8 @@ _SLOW_S = 5.0  # a write that takes longer: the disk is too slow, and DRAM goes 
 _BACKOFF_S = (0.5, 10.0)
 _CAP_CHECK_S = 0.1
 _STATUS_S = 1.0
-# Of the cap: RocksDB holds garbage until it compacts, so live chunks get less than all of it.
-_HIGH, _LOW = 0.82, 0.77
+# Of the cap, for chunks. The worker says "full" before that where records and manifests take more than usual.
+_HIGH, _LOW = 0.94, 0.93
 _DELETE_AT_ONCE = 64
 
 
@@ -42,7 +42,7 @@ class WriteBehind:
         """on_written: called when chunks were written, and may leave DRAM from then on."""
         self.physical_bytes = 0
         self._problem = ""  # of the latest write
-        self._worker_error = ""  # since RocksDB's last flush
+        self._worker_error = ""  # since RocksDB's last sync
         self._is_full = False  # says the worker: chunks must go before another can come
         self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
         self._evicted: tuple[bytes, ...] = ()  # from the books of the SSD tier, and not yet deleted there
@@ -154,7 +154,7 @@ class WriteBehind:
         self._problem = problem
 
     def _has_room(self) -> bool:
-        """Whether the next chunks fit under the cap, garbage included."""
+        """Whether the next chunks fit under the cap."""
         return max(self.physical_bytes, self._store.index.ssd_bytes) < self._capacity_bytes
 
     # -- the cap ------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class WriteBehind:
         await self._delete(())  # what could not be deleted before
         index = self._store.index
         high = self._capacity_bytes * _HIGH
-        if self._is_full:  # what RocksDB adds to the chunks is more than we thought
+        if self._is_full:  # what records and partly used pages add to the chunks is more than we thought
             high = min(high, float(index.ssd_bytes))
         elif index.ssd_bytes <= high:
             return

@@ -328,6 +328,13 @@ class Arena:
             self._data[values : values + tokens * geometry.value_bytes],
         )
 
+    def layers(self, slot: int, layers: range) -> Bytes:
+        """A view of all the room of some layers, in one piece. # [len(layers) * layer_bytes] uint8"""
+        start = slot * self.geometry.slot_bytes
+        return self._data[
+            start + layers.start * self.geometry.layer_bytes : start + layers.stop * self.geometry.layer_bytes
+        ]
+
     def wipe(self, slot: int) -> None:
         """Front only, for a slot that nobody else reads or writes: overwrite all of it with zeros, checksums too."""
         start = slot * self.geometry.slot_bytes

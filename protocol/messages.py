@@ -558,7 +558,7 @@ class AttachArena:
 
 @message("ssd_write")
 class SsdWrite:
-    """Write the chunk in `slot` to RocksDB as one atomic batch. Refused where the generation moved on."""
+    """Write the chunk in `slot`. Refused where the generation moved on."""
 
     slot: Count
     generation: Count
@@ -573,7 +573,7 @@ class SsdReadChunk:
 
 @message("ssd_read")
 class SsdRead:
-    """Bring chunks from RocksDB into slots, layer by layer over all of them; every layer is verified first."""
+    """Bring chunks into slots, layer by layer over all of them; a layer is ready when it is there and verified."""
 
     chunks: tuple[SsdReadChunk, ...]
     background: Bool = False  # a prefetch: gives way to reads that somebody waits for
@@ -658,7 +658,7 @@ class SsdScrubbed:
 
 @message("ssd_erase")
 class SsdErase:
-    """Delete these, then compact what held them, so that no file has their bytes any more."""
+    """Delete these, so that no file has their bytes any more."""
 
     chunk_ids: tuple[Id, ...]
     turn_keys: tuple[Id, ...]
@@ -666,13 +666,9 @@ class SsdErase:
 
 @message("ssd_erased")
 class SsdErased:
-    """Which of them were there, and the physical bytes of the database before and after.
-
-    unplaced: chunks with a damaged record, which alone knew where their layers lie.
-    """
+    """Which of them were there, and the physical bytes of the tier before and after."""
 
     chunk_ids: tuple[Id, ...]
-    unplaced: tuple[Id, ...]
     bytes: Count
     manifests: Count
     physical_before: Count

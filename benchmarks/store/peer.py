@@ -271,7 +271,7 @@ def _bit_flips(disk: Path, shape: KvShape, chunks: int) -> dict[str, str]:
         context, source = _saved(ours, stack, chunks)
         kill_store(stack)
         (stack.run_dir / "arena").unlink()
-        flipped = sum(_flip(path) for path in (stack.data_dir / "ssd").glob("*.sst") if path.stat().st_size > _MIB)
+        flipped = sum(_flip(path) for path in (stack.data_dir / "ssd" / "chunks").iterdir())
         drop_page_cache(stack.data_dir)
         stack.start("kvdaemon")
         facts["bit flips on disk, ours"] = f"{flipped} bits: {_outcomes(ours, context, source)}"

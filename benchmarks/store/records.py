@@ -1,7 +1,8 @@
-"""A database of many small chunk records, as an SSD worker leaves it. Run as a program: it holds RocksDB's lock."""
+"""An SSD tier of many small chunks, as its worker leaves it. Run as a program: it holds RocksDB's lock."""
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import xxhash
 
 from benchmarks.store.made import TINY, records
+from kvdaemon.ssd.chunk_files import CHUNK_FILES, ChunkFiles
 from kvdaemon.ssd.tables import ChunkRecord, Tables
+from protocol.arena import PAGE_BYTES
 
 
 def make_database(path: Path, chunks: int) -> None:
@@ -23,13 +26,17 @@ def make_database(path: Path, chunks: int) -> None:
 
 def _make(path: Path, chunks: int) -> None:
     tables = Tables(path)
-    value = bytes(TINY.token_bytes)
-    checksums = (xxhash.xxh3_64_intdigest(value),)
+    files = ChunkFiles(path / CHUNK_FILES)
+    page = memoryview(mmap.mmap(-1, PAGE_BYTES))  # zeros
+    size = TINY.token_bytes
+    checksums = (xxhash.xxh3_64_intdigest(page[:size]),)
     for r in records(chunks):
-        record = ChunkRecord(
-            r.chunk_id, r.parent_id, r.namespace, TINY.digest(), 1, TINY.token_bytes, r.written_s, checksums
+        place = files.take(TINY.slot_bytes)
+        files.write(place, 0, page)
+        tables.put_chunk(
+            ChunkRecord(r.chunk_id, r.parent_id, r.namespace, TINY.digest(), 1, size, place, r.written_s, checksums)
         )
-        tables.put_chunk(record, [value])
+    files.close()
     tables.close()
 
 

@@ -57,13 +57,13 @@ from protocol.rpc import RpcClient
 M = TypeVar("M")
 log = get_logger(__name__)
 
-_START_S = 120.0  # opening a large database after a crash
+_START_S = 120.0  # opening a large database after a crash: its log is read
 _STOP_S = 10.0  # the last flush
 _READ_S = 60.0
 _WRITE_S = 60.0
 _CONTROL_S = 10.0
 _SCRUB_S = 300.0  # a page of it, behind everything that somebody waits for
-_ERASE_S = 3600.0  # compaction rewrites what held the erased
+_ERASE_S = 3600.0  # compaction rewrites what held records and manifests
 _BACKOFF_S = (0.2, 10.0)  # first, longest
 _STEADY_S = 30.0  # a worker that lived this long was no failed start
 _PAGE_RECORDS = 4096

@@ -1,4 +1,4 @@
-"""Turns: who may use the one database thread next."""
+"""Turns: whose piece of work is next, where only a few may be under way."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ URGENT, BACKGROUND = 0, 1
 
 
 class Turns:
-    """A lock that goes to the most urgent waiter, first come first served among equals.
+    """A semaphore that goes to the most urgent waiter, first come first served among equals.
 
     A waiter passed over for longer than `patience_s` is next whatever it is, so that prefetches and writes go on under
     a stream of reads. One event loop owns it.
     """
 
-    def __init__(self, patience_s: float = 0.5) -> None:
+    def __init__(self, at_once: int = 1, *, patience_s: float = 0.5) -> None:
         self._patience_s = patience_s
-        self._busy = False
+        self._free = at_once
         self._waiting: list[tuple[int, int, float, asyncio.Future[None]]] = []
         self._order = itertools.count()
 
@@ -30,7 +30,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def turn(self, urgency: int, order: int | None = None) -> AsyncIterator[None]:
-        """Hold the lock. order: of the request that this piece belongs to."""
+        """Hold one of the turns. order: of the request that this piece belongs to."""
         future = asyncio.get_running_loop().create_future()
         place = next(self._order) if order is None else order
         self._waiting.append((urgency, place, time.monotonic(), future))
@@ -47,7 +47,7 @@ class Turns:
             self._end()
 
     def _end(self) -> None:
-        self._busy = False
+        self._free += 1
         self._choose_soon()
 
     def _choose_soon(self) -> None:
@@ -56,11 +56,10 @@ class Turns:
 
     def _choose(self) -> None:
         self._waiting = [entry for entry in self._waiting if not entry[3].done()]
-        if self._busy or not self._waiting:
-            return
-        chosen = min(self._waiting, key=lambda entry: entry[2])
-        if time.monotonic() - chosen[2] <= self._patience_s:
-            chosen = min(self._waiting, key=lambda entry: entry[:2])
-        self._waiting.remove(chosen)
-        self._busy = True
-        chosen[3].set_result(None)
+        while self._free and self._waiting:
+            chosen = min(self._waiting, key=lambda entry: entry[2])
+            if time.monotonic() - chosen[2] <= self._patience_s:
+                chosen = min(self._waiting, key=lambda entry: entry[:2])
+            self._waiting.remove(chosen)
+            self._free -= 1
+            chosen[3].set_result(None)

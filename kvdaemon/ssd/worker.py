@@ -1,8 +1,8 @@
-"""The SSD worker: the process that owns RocksDB and moves chunks between it and the arena.
+"""The SSD worker: the process that owns the SSD tier's files and moves chunks between them and the arena.
 
 rocksdict holds the interpreter lock inside get, put and write, so whoever calls it is deaf meanwhile: a process of its
-own, that nobody waits for. Its event loop answers the front; one thread does all database work, one small piece at a
-time, and `Turns` decides whose piece is next.
+own, that nobody waits for. Its event loop answers the front; one thread does all database work, a few move KV, each
+one small piece at a time, and `Turns` decide whose piece is next.
 
 Slots named in an SsdRead belong to the worker from the request until its reply or its death. The front frees none of
 them before.
@@ -19,23 +19,21 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import xxhash
-
 from kvdaemon.failpoints import reach
-from kvdaemon.ssd.garbage import Garbage
+from kvdaemon.ssd.chunk_files import CHUNK_FILES, ChunkFiles, Place
 from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Refused, Stalled, Tables
+from kvdaemon.ssd.transfer import check_layers, read_layers, write_layers
 from kvdaemon.ssd.turns import BACKGROUND, URGENT, Turns
 from monitoring import logs
-from protocol.arena import Arena, SlotState, exclusive
+from protocol.arena import PAGE_BYTES, Arena, Geometry, SlotState, exclusive
 from protocol.errors import CachedAttentionError, CapacityError, InvalidRequest, PeerError, PeerProtocolError
 from protocol.ids import ID_BYTES, ROOT
 from protocol.messages import (
@@ -70,17 +68,15 @@ T = TypeVar("T")
 log = logs.get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_FLUSH_S = 2.0
-_PIECE_BYTES = 8 * 1024 * 1024  # read in one go before somebody else may have a turn
+_SYNC_S = 2.0
+_MOVED_AT_ONCE = 4  # pieces; an SSD wants several, and one is verified while another is on its way
+_WRITTEN_AT_ONCE = 2  # chunks
+_PIECE_BYTES = 1024 * 1024  # layers that are smaller go together
 _SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
 _WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
 _SCRUB_PAGE = 512  # records; more than the 256 blocks that a listing can find unreadable, so that it gets on
-# Shares of the SSD tier's capacity. Manifests wait for nothing, so chunks leave room for as many as there may be.
-_MANIFEST_SHARE = 0.04
-_CHUNK_SHARE = 1 - _MANIFEST_SHARE  # less the headroom that rewriting needs; the front lets chunks go long before
-_RECLAIM_BELOW = 0.015  # that limit: room is made before a write has to wait for it
-_RECLAIM_S = 0.2
-_RECLAIM_PATIENCE_S = 60.0
+_PAGE_RECORDS = 4096
+_MANIFEST_SHARE = 0.02  # of the SSD tier's capacity
 DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
 
 
@@ -93,25 +89,34 @@ class _Arrival:
     generation: int
     record: ChunkRecord | None = None
     outcome: str = ""
+    ready: int = 0  # layers
+    ahead: dict[int, int] = field(default_factory=dict)  # layers that are there before earlier ones: first -> end
 
 
 class SsdWorker:
     """Answers the front. Handlers run on the event loop, `_in_thread` functions on the database thread."""
 
-    def __init__(self, endpoint: str, tables: Tables, capacity_bytes: int, moved_aside: str = "") -> None:
+    def __init__(
+        self, endpoint: str, tables: Tables, files: ChunkFiles, capacity_bytes: int, moved_aside: str = ""
+    ) -> None:
         self.failed = asyncio.Event()  # RocksDB will not take writes any more: the process should end
         self._tables = tables
         self._capacity_bytes = capacity_bytes
         self._moved_aside = moved_aside
         self._arena: Arena | None = None
+        self._files = files
         self._turns = Turns()
+        self._disk = Turns(_MOVED_AT_ONCE)
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
-        self._compaction = ThreadPoolExecutor(1, thread_name_prefix="compaction")
-        self._reclaiming = asyncio.Lock()
-        self._largest_bytes = 0  # of a chunk, so far
-        self._is_full = False  # and nothing can be reclaimed
+        self._movers = ThreadPoolExecutor(_MOVED_AT_ONCE, thread_name_prefix="mover")
+        self._writers = asyncio.Semaphore(_WRITTEN_AT_ONCE)
+        self._writing: dict[Place, int] = {}  # and bytes; taken, and without a record yet
+        self._is_swept = asyncio.Event()
+        # Held from where a record goes until its place is free: a sweep would take it for lost, and free it twice.
+        self._leaving = asyncio.Lock()
+        self._needs_sweep = True
         self._write_failures = 0
-        self._error = ""  # of RocksDB, since its last flush
+        self._error = ""  # since the last sync
         self._corrupt_records = 0
         self._background: list[asyncio.Task[None]] = []
         self._touching: asyncio.Task[None] | None = None
@@ -137,7 +142,7 @@ class SsdWorker:
     async def start(self) -> None:
         """Raises ConfigError: the socket is taken."""
         await self._server.start()
-        loops = (self._flush_often, self._reclaim_often, self._limit_manifests)
+        loops = (self._sweep_often, self._sync_often, self._limit_manifests)
         self._background = [asyncio.ensure_future(work()) for work in loops]
 
     async def stop(self) -> None:
@@ -147,14 +152,23 @@ class SsdWorker:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
+            await self._in_thread(self._files.sync)
             await self._in_thread(self._tables.close)
         finally:
             self._database.shutdown()
-            self._compaction.shutdown(cancel_futures=True)
+            self._movers.shutdown()
+            self._files.close()
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         """Run on the database thread, to its end even where the caller is cancelled: pieces never overlap."""
-        work = asyncio.get_running_loop().run_in_executor(self._database, function)
+        return await self._run(self._database, function)
+
+    async def _moving(self, function: Callable[[], T]) -> T:
+        """Run on a thread that may wait for the disk, to its end as well."""
+        return await self._run(self._movers, function)
+
+    async def _run(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        work = asyncio.get_running_loop().run_in_executor(pool, function)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -184,17 +198,19 @@ class SsdWorker:
     async def _read(self, call: Call, request: SsdRead) -> SsdReadDone:
         arena = self._attached()
         arrivals = [_Arrival(c.chunk_id, _checked_slot(arena, c.slot), c.generation) for c in request.chunks]
-        order = self._turns.order()
+        order = self._disk.order()
         urgency = BACKGROUND if request.background else URGENT
-        async with self._turns.turn(urgency, order):
+        async with self._turns.turn(urgency):
             await self._in_thread(lambda: self._find(arena, arrivals))
-        per_piece = max(1, _PIECE_BYTES // arena.geometry.layer_bytes)
-        for layer in range(arena.geometry.layers):
-            coming = [arrival for arrival in arrivals if not arrival.outcome]
-            for start in range(0, len(coming), per_piece):
-                piece = coming[start : start + per_piece]
-                async with self._turns.turn(urgency, order):
-                    await self._in_thread(partial(self._bring, arena, piece, layer))
+        pieces = _pieces(arena, arrivals)
+
+        async def bring() -> None:
+            for arrival, layers in pieces:
+                if not arrival.outcome:
+                    async with self._disk.turn(urgency, order):
+                        await self._bring(arena, arrival, layers)
+
+        await asyncio.gather(*(bring() for _ in range(_MOVED_AT_ONCE)))
         for arrival in arrivals:
             arrival.outcome = arrival.outcome or "ok"
         useless = [arrival.chunk_id for arrival in arrivals if arrival.outcome != "ok"]
@@ -215,35 +231,17 @@ class SsdWorker:
             elif record.tokens > arena.geometry.chunk_tokens or len(record.checksums) != arena.geometry.layers:
                 arrival.outcome = "corrupt"
 
-    def _bring(self, arena: Arena, arrivals: list[_Arrival], layer: int) -> None:
-        """Read one layer of each chunk, verify it, copy it into its slot."""
-        geometry = arena.geometry
-        for arrival in arrivals:
-            record = arrival.record
-            assert record is not None
-            try:
-                value = self._tables.layer(record, layer)
-            except PeerProtocolError:
-                arrival.outcome = "corrupt"
-                continue
-            size = record.tokens * (geometry.key_bytes + geometry.value_bytes)
-            if value is None:
-                arrival.outcome = "corrupt" if self._is_unchanged(record) else "missing"
-                continue
-            if len(value) != size or xxhash.xxh3_64_intdigest(value) != record.checksums[layer]:
-                arrival.outcome = "corrupt"
-                continue
-            if not _is_ours(arena, arrival):
-                arrival.outcome = "missing"
-                continue
-            reach("layer.before")
-            key_view, value_view = arena.layer(arrival.slot, layer, record.tokens)
-            raw = np.frombuffer(value, dtype=np.uint8)
-            np.copyto(key_view, raw[: len(key_view)])
-            np.copyto(value_view, raw[len(key_view) :])
-            reach("layer.copied")
-            arena.set_layer_ready(arrival.slot, layer, record.checksums[layer])
-            reach("layer.after")
+    async def _bring(self, arena: Arena, arrival: _Arrival, layers: range) -> None:
+        """Read layers of a chunk into its slot, and verify them."""
+        record = arrival.record
+        assert record is not None
+        is_intact = await self._moving(partial(read_layers, self._files, record, arena, arrival.slot, layers))
+        if not _is_ours(arena, arrival):
+            arrival.outcome = "missing"
+        elif is_intact:
+            _note_ready(arena, arrival, layers)
+        elif not arrival.outcome:
+            arrival.outcome = "corrupt" if await self._in_thread(lambda: self._is_unchanged(record)) else "missing"
 
     def _is_unchanged(self, record: ChunkRecord) -> bool:
         """Whether the tables still have this very record. False: deleted or written anew since it was read."""
@@ -252,15 +250,74 @@ class SsdWorker:
         return True
 
     async def _forget(self, chunk_ids: list[bytes]) -> None:
-        async with self._turns.turn(BACKGROUND):
-            with contextlib.suppress(PeerError, CapacityError):  # found corrupt again when read again
-                await self._in_thread(lambda: self._tables.delete_chunks(chunk_ids))
+        with contextlib.suppress(PeerError, CapacityError):  # found corrupt again when read again
+            await self._remove(chunk_ids)
+
+    async def _remove(self, chunk_ids: Sequence[bytes]) -> list[ChunkRecord]:
+        """Delete records and free their places. Returns those that were there. Raises Stalled, and as _free."""
+        async with self._leaving:
+            async with self._turns.turn(BACKGROUND):
+                deleted, damaged = await self._in_thread(lambda: self._tables.delete_chunks(chunk_ids))
+            if damaged:  # which alone knew where their KV is
+                self._needs_sweep = True
+            await self._free([record.place for record in deleted])
+        return deleted
+
+    # -- places -------------------------------------------------------------------------------------------
+
+    async def _free(self, places: Iterable[Place]) -> None:
+        """Destroy what is at places that no record speaks of, and have them be free.
+
+        Raises CapacityError: the disk is full; PeerError: it says no. The next sweep finds what is left.
+        """
+        for place in places:
+            try:
+                async with self._disk.turn(BACKGROUND):
+                    await self._moving(partial(self._files.destroy, place))
+            except (CapacityError, PeerError):
+                self._needs_sweep = True
+                raise
+            self._files.give(place)
+
+    async def _sweep(self) -> None:
+        """Free the places that no record speaks of: a crash or damage took it. Raises as _free."""
+        async with self._leaving:
+            self._needs_sweep = False
+            self._files.suspect()
+            for place in self._writing:
+                self._files.clear(place)
+            after, more = b"", True
+            while more:
+                async with self._turns.turn(BACKGROUND):
+                    page = await self._in_thread(partial(self._records, after))
+                for item in page:
+                    if isinstance(item, ChunkRecord):
+                        self._files.clear(item.place)
+                        after = item.chunk_id
+                    else:
+                        after = item or after
+                more = len(page) == _PAGE_RECORDS
+            await self._free(list(self._files.suspects()))
+            self._is_swept.set()
+
+    def _records(self, after: bytes) -> list[ChunkRecord | bytes]:
+        return list(self._tables.records(after, _PAGE_RECORDS))
+
+    async def _sweep_often(self) -> None:
+        while True:
+            try:
+                if self._needs_sweep:
+                    await self._sweep()
+            except (CapacityError, PeerError) as error:
+                self._needs_sweep = True
+                log.warning("places on SSD cannot be freed", reason=error.message)
+            await asyncio.sleep(_SYNC_S)
 
     @property
     def _limit_bytes(self) -> float:
-        """What all files may take when a chunk has been written: the rewriting of a file needs the rest for a while."""
-        headroom = 2 * (self._tables.file_bytes + self._largest_bytes)
-        return self._capacity_bytes * _CHUNK_SHARE - headroom
+        """What chunks may take: manifests wait for nothing, and compaction takes the records twice for a while."""
+        records = max(_MANIFEST_SHARE * self._capacity_bytes, self._tables.physical_bytes())
+        return self._capacity_bytes - 2 * (records + self._tables.file_bytes)
 
     # -- writing ------------------------------------------------------------------------------------------
 
@@ -269,59 +326,79 @@ class SsdWorker:
         slot = _checked_slot(arena, request.slot)
         while True:
             try:
-                async with self._turns.turn(BACKGROUND):
-                    written = await self._in_thread(lambda: self._copy_out(arena, slot, request.generation))
+                async with self._writers:
+                    written = await self._copy_out(arena, slot, request.generation)
             except PeerError as error:
                 self._note_failure(error)
                 raise
-            # Full: either what was deleted gives its space back soon, or there is nothing, and the front must choose.
-            if written is not None and (written.outcome != "full" or self._is_full):
+            if written is not None:
                 self._write_failures = 0
                 return written
-            # RocksDB flushes behind its limit, or room is being made. Nobody waits for a write; reads go on meanwhile.
+            # RocksDB flushes behind its limit, or a start is not at its end. Nobody waits for a write.
             if time.monotonic() + 1.0 > call.deadline_s:
                 raise CapacityError("the disk is too slow for what is saved")
             await asyncio.sleep(0.1)
 
-    def _copy_out(self, arena: Arena, slot: int, generation: int) -> SsdWritten | None:
-        """Write the chunk in a slot. None: RocksDB cannot take it right now."""
+    async def _copy_out(self, arena: Arena, slot: int, generation: int) -> SsdWritten | None:
+        """Write the chunk in a slot. None: not possible right now."""
         geometry = arena.geometry
         chunk_id, tokens = arena.chunk_id(slot), arena.tokens(slot)
         parent_id, namespace = arena.parent_id(slot), arena.namespace(slot)
-        if not arena.is_current(slot, generation, chunk_id) or arena.state(slot) is not SlotState.READY:
+        checksums = tuple(arena.checksum(slot, layer) for layer in range(geometry.layers))
+
+        def is_current() -> bool:
+            return arena.is_current(slot, generation, chunk_id) and arena.state(slot) is SlotState.READY
+
+        if not is_current():
             return SsdWritten(0, "stale")
         if not 0 < tokens <= geometry.chunk_tokens or not arena.is_sealed(slot):
             return SsdWritten(0, "corrupt")
-        needed = tokens * geometry.token_bytes
-        if shutil.disk_usage(self._tables.path).free < 2 * needed + _SPARE_DISK_BYTES:
+        needed = stored_bytes(geometry, tokens)
+        if shutil.disk_usage(self._tables.path).free < needed + _SPARE_DISK_BYTES:
             raise CapacityError(f"the disk of {self._tables.path} is full")
-        self._largest_bytes = max(self._largest_bytes, needed)
         if needed > self._limit_bytes:
             raise CapacityError(
                 f"an SSD tier of {self._capacity_bytes} bytes is too small for chunks of {needed} bytes"
             )
-        if self._tables.used_bytes() + needed > self._limit_bytes:
-            return SsdWritten(0, "full")
-        self._is_full = False
-        layers = [b"".join(view.data for view in arena.layer(slot, layer, tokens)) for layer in range(geometry.layers)]
-        checksums = tuple(arena.checksum(slot, layer) for layer in range(geometry.layers))
-        if not arena.is_current(slot, generation, chunk_id):
-            return SsdWritten(0, "stale")
-        if any(xxhash.xxh3_64_intdigest(value) != sum_ for value, sum_ in zip(layers, checksums, strict=True)):
-            return SsdWritten(0, "corrupt")
-        record = ChunkRecord(chunk_id, parent_id, namespace, geometry.digest(), tokens, needed, time.time(), checksums)
-        try:
-            self._tables.put_chunk(record, layers)
-        except Stalled:
-            # Ends here: through a future, the exception would keep this frame and its megabytes until the next gc.
+        if not self._is_swept.is_set():
             return None
-        return SsdWritten(needed, "ok")
+        used = self._files.physical_bytes() - self._files.spare_bytes() + sum(self._writing.values())
+        if used + needed > self._limit_bytes:
+            return SsdWritten(0, "full")
+        size = tokens * geometry.token_bytes
+        place = self._files.take(geometry.slot_bytes)
+        record = ChunkRecord(
+            *(chunk_id, parent_id, namespace, geometry.digest(), tokens, size, place, time.time(), checksums)
+        )
+        self._writing[place] = needed
+        useless: Place | None = place
+        try:
+            for layers in _runs(geometry):
+                async with self._disk.turn(BACKGROUND):
+                    intact = await self._moving(partial(write_layers, self._files, record, arena, slot, layers))
+                if not is_current():
+                    return SsdWritten(0, "stale")
+                if not intact:
+                    return SsdWritten(0, "corrupt")
+            async with self._leaving:
+                async with self._turns.turn(BACKGROUND):
+                    older = await self._in_thread(lambda: self._tables.put_chunk(record))
+                useless = None
+                await self._free([older] if older is not None else [])
+            return SsdWritten(size, "ok")
+        except Stalled:
+            return None
+        finally:
+            if useless is not None:
+                with contextlib.suppress(CapacityError, PeerError):  # a sweep frees it
+                    await asyncio.shield(self._free([useless]))
+            del self._writing[place]
 
     def _note_failure(self, error: PeerError) -> None:
-        """RocksDB stays in an error state once it is there; a fresh process gets out of it."""
+        """RocksDB stays in an error state once it is in one; a fresh process gets out of it."""
         self._error = error.message
         self._write_failures += 1
-        log.error("RocksDB refuses to write", reason=error.message, failures=self._write_failures)
+        log.error("the SSD refuses to be written", reason=error.message, failures=self._write_failures)
         if isinstance(error, DamagedDatabase):
             (self._tables.path / DAMAGED_MARK).touch()
             self.failed.set()
@@ -329,8 +406,7 @@ class SsdWorker:
             self.failed.set()
 
     async def _delete(self, call: Call, request: SsdDelete) -> Ack:
-        await self._patiently(lambda: self._tables.delete_chunks(request.chunk_ids), call.deadline_s)
-        self._is_full = False
+        await self._patiently(lambda: self._remove(request.chunk_ids), call.deadline_s)
         return Ack()
 
     # -- looking ------------------------------------------------------------------------------------------
@@ -448,20 +524,13 @@ class SsdWorker:
         return SsdScrubbed(checked, size, tuple(damaged), b"" if is_end else last)
 
     async def _is_intact(self, record: ChunkRecord) -> bool:
-        """Whether every layer has its checksum. Layer by layer: reads that somebody waits for go in between."""
-        for layer in range(len(record.checksums)):
-            async with self._turns.turn(BACKGROUND):
-                if await self._in_thread(partial(self._has_checksum, record, layer)):
-                    continue
+        """Whether every layer has its checksum. In small pieces: reads that somebody waits for go in between."""
+        for layers in _ranges(record.layers, record.layer_stride):
+            async with self._disk.turn(BACKGROUND):
+                intact = await self._moving(partial(check_layers, self._files, record, layers))
+            if not intact:
                 return not await self._in_thread(lambda: self._is_unchanged(record))
         return True
-
-    def _has_checksum(self, record: ChunkRecord, layer: int) -> bool:
-        try:
-            value = self._tables.layer(record, layer)
-        except PeerProtocolError:
-            return False
-        return value is not None and xxhash.xxh3_64_intdigest(value) == record.checksums[layer]
 
     async def _scrub_manifests(self, request: SsdScrub) -> SsdScrubbed:
         page = ListManifests(request.after, request.limit_bytes)
@@ -474,72 +543,51 @@ class SsdWorker:
     # -- erasing ------------------------------------------------------------------------------------------
 
     async def _erase(self, call: Call, request: SsdErase) -> SsdErased:
-        """Delete, and rewrite the files of everything that was ever deleted: it may have been evicted before.
+        """Delete, and rewrite what held the records. What was evicted before is gone already, and where it lay punched.
 
         Manifests last: while they are there, an erasure that broke off can be asked for again.
         """
         tables = self._tables
-        deleted, unplaced = await self._delete_and_flush(
-            lambda: tables.delete_chunks(request.chunk_ids), call.deadline_s
-        )
-        before = tables.physical_bytes()  # everything is in files now
-        async with self._reclaiming:
-            async with self._turns.turn(BACKGROUND):
-                garbage = await self._in_thread(tables.garbage)
-            for each in garbage:
-                await self._reclaim(each, call.deadline_s)
+        before = self._physical_bytes()
+        deleted = await self._patiently(lambda: self._remove(request.chunk_ids), call.deadline_s)
+        if self._needs_sweep:
+            await self._sweep()
 
         def delete_manifests() -> int:
             there = [turn_key for turn_key in request.turn_keys if tables.has_manifest(turn_key)]
             for turn_key in there:
                 tables.delete_manifest(turn_key)
+            tables.flush()
             return len(there)
 
-        manifests = await self._delete_and_flush(delete_manifests, call.deadline_s)
-        await self._compact(tables.compact_records)
+        async def in_turn() -> int:
+            async with self._turns.turn(BACKGROUND):
+                return await self._in_thread(delete_manifests)
+
+        manifests = await self._patiently(in_turn, call.deadline_s)
+        await self._moving(tables.compact_records)
         return SsdErased(
-            tuple(record.chunk_id for record in deleted),
-            tuple(unplaced),
-            sum(record.size_bytes for record in deleted),
-            manifests,
-            before,
-            tables.physical_bytes(),
+            *(tuple(record.chunk_id for record in deleted), sum(record.size_bytes for record in deleted)),
+            *(manifests, before, self._physical_bytes()),
         )
 
-    async def _reclaim(self, garbage: Garbage, deadline_s: float) -> None:
-        """Give the space of one file's garbage back. Raises CapacityError: the disk is full, or too slow; PeerError."""
-        await self._patiently(partial(self._tables.bury, garbage), deadline_s)
-        await self._compact(partial(self._tables.reclaim, garbage))
-        await self._patiently(partial(self._tables.reclaimed, garbage), deadline_s)  # flushed when the next chunks are
-
-    async def _delete_and_flush(self, delete: Callable[[], T], deadline_s: float) -> T:
-        """Raises CapacityError: the disk is full, or too slow; PeerError."""
-
-        def both() -> T:
-            deleted = delete()
-            self._tables.flush()
-            return deleted
-
-        return await self._patiently(both, deadline_s)
-
-    async def _patiently(self, function: Callable[[], T], deadline_s: float) -> T:
-        """Run on the database thread, again where RocksDB stalls. Raises CapacityError: for too long; PeerError."""
+    async def _patiently(self, work: Callable[[], Awaitable[T]], deadline_s: float) -> T:
+        """Again where RocksDB stalls. Raises CapacityError: for too long, or the disk is full; PeerError."""
         while True:
             try:
-                async with self._turns.turn(BACKGROUND):
-                    return await self._in_thread(function)
+                return await work()
             except Stalled as error:
                 if time.monotonic() + 1.0 > deadline_s:
                     raise CapacityError("the disk is too slow for what is saved") from error
             await asyncio.sleep(0.1)
 
-    async def _compact(self, function: Callable[[], None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._compaction, function)
+    def _physical_bytes(self) -> int:
+        return self._tables.physical_bytes() + self._files.physical_bytes()
 
     async def _status(self, call: Call, request: SsdStatusRequest) -> SsdStatus:
         tables = self._tables
         return SsdStatus(
-            tables.physical_bytes(),
+            self._physical_bytes(),
             tables.manifests,
             self._error,
             self._moved_aside,
@@ -549,45 +597,27 @@ class SsdWorker:
 
     # -- keeping house ------------------------------------------------------------------------------------
 
-    async def _flush_often(self) -> None:
-        """Chunks have no log: what was not flushed dies with the process, so flush while it is little."""
+    async def _sync_often(self) -> None:
+        """What is acknowledged survives this process; what was synced survives the machine."""
         while True:
-            await asyncio.sleep(_FLUSH_S)
-            if not (self._tables.has_unflushed_chunks or self._error):
+            await asyncio.sleep(_SYNC_S)
+            if not (self._tables.has_unsynced or self._error):
                 continue
+            self._tables.has_unsynced = False  # what is put from here on may need the next one
             try:
+                async with self._disk.turn(BACKGROUND):
+                    await self._moving(self._files.sync)
                 async with self._turns.turn(BACKGROUND):
-                    await self._in_thread(self._tables.flush)
+                    await self._in_thread(self._tables.sync)
                 self._error = ""
-            except CapacityError as error:
-                self._note_failure(PeerError(error.message))  # a flush that failed is not taken up again by itself
-            except PeerError as error:
-                self._note_failure(error)
-
-    async def _reclaim_often(self) -> None:
-        """Give deleted chunks' space back where the tier nears its cap, from the files that hold most of it."""
-        tables = self._tables
-        while True:
-            await asyncio.sleep(_RECLAIM_S)
-            limit = self._limit_bytes - max(self._capacity_bytes * _RECLAIM_BELOW, 2 * self._largest_bytes)
-            if tables.used_bytes() <= limit:
-                continue
-            try:
-                async with self._reclaiming:
-                    garbage = await self._delete_and_flush(tables.garbage, time.monotonic() + _RECLAIM_PATIENCE_S)
-                    for each in garbage:
-                        if tables.used_bytes() <= limit:
-                            break
-                        await self._reclaim(each, time.monotonic() + _RECLAIM_PATIENCE_S)
-                    self._is_full = not garbage
             except (CapacityError, PeerError) as error:
-                log.warning("space cannot be given back", reason=error.message)
-                await asyncio.sleep(_FLUSH_S)
+                self._tables.has_unsynced = True
+                self._note_failure(PeerError(error.message))  # RocksDB does not take up again a sync that failed
 
     async def _limit_manifests(self) -> None:
         """Keep manifests to their share."""
         while True:
-            await asyncio.sleep(_FLUSH_S)
+            await asyncio.sleep(_SYNC_S)
             try:
                 if self._tables.manifest_bytes > self._capacity_bytes * _MANIFEST_SHARE:
                     async with self._turns.turn(BACKGROUND):
@@ -598,7 +628,7 @@ class SsdWorker:
 
 
 def _written_bytes() -> int:
-    """What this process wrote by write(2) and its kin: nearly all of it for RocksDB. 0: the kernel keeps no count."""
+    """What this process wrote by write(2) and its kin. 0: the kernel keeps no count."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
@@ -616,14 +646,50 @@ def _is_ours(arena: Arena, arrival: _Arrival) -> bool:
     return current and arena.state(arrival.slot) is SlotState.LOADING
 
 
+def _note_ready(arena: Arena, arrival: _Arrival, layers: range) -> None:
+    """Have the reader see layers in their order, in whichever they came."""
+    assert arrival.record is not None
+    arrival.ahead[layers.start] = layers.stop
+    while end := arrival.ahead.pop(arrival.ready, 0):
+        for layer in range(arrival.ready, end):
+            arena.set_layer_ready(arrival.slot, layer, arrival.record.checksums[layer])
+        arrival.ready = end
+        reach("layer.after")
+
+
+def _pieces(arena: Arena, arrivals: Sequence[_Arrival]) -> Iterator[tuple[_Arrival, range]]:
+    """The order in which layers are wanted: the first ones of all chunks first."""
+    coming = [arrival for arrival in arrivals if not arrival.outcome]
+    return ((arrival, layers) for layers in _runs(arena.geometry) for arrival in coming)
+
+
+def _runs(geometry: Geometry) -> Iterator[range]:
+    return _ranges(geometry.layers, geometry.layer_bytes)
+
+
+def _ranges(layers: int, layer_bytes: int) -> Iterator[range]:
+    """All layers, as many at a time as are moved in one piece."""
+    at_once = max(1, _PIECE_BYTES // layer_bytes)
+    return (range(first, min(first + at_once, layers)) for first in range(0, layers, at_once))
+
+
+def stored_bytes(geometry: Geometry, tokens: int) -> int:
+    """What a chunk takes in the chunk files."""
+    layer_bytes = tokens * (geometry.key_bytes + geometry.value_bytes)
+    return geometry.layers * -(-layer_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 def _checked_slot(arena: Arena, slot: int) -> int:
     if slot >= arena.slots:
         raise InvalidRequest(f"there is no slot {slot}", param="slot")
     return slot
 
 
-def open_tables(path: Path, capacity_bytes: int) -> tuple[Tables, str]:
-    """The database, and where a damaged one was moved to ("" where it was sound). Raises as Tables."""
+def open_tier(path: Path, capacity_bytes: int) -> tuple[Tables, ChunkFiles, str]:
+    """The database, its chunk files, and where a damaged database was moved to ("" where it was sound).
+
+    Raises as Tables and ChunkFiles.
+    """
     moved_aside = ""
     if (path / DAMAGED_MARK).exists():
         moved_aside = _move_aside(path)
@@ -635,18 +701,23 @@ def open_tables(path: Path, capacity_bytes: int) -> tuple[Tables, str]:
         log.error("RocksDB cannot be opened", reason=error.message)
         moved_aside = _move_aside(path)
         tables = Tables(path, capacity_bytes)
-    unrecorded = tables.retire_unrecorded()
-    if unrecorded:
-        log.warning("layers without a record are deleted: an earlier worker died in a flush", chunks=unrecorded)
-    return tables, moved_aside
+    try:
+        return tables, ChunkFiles(path / CHUNK_FILES), moved_aside
+    except BaseException:
+        tables.close()
+        raise
 
 
 def _move_aside(path: Path) -> str:
-    """Keep a damaged database beside, in place of one that was kept before: copies must not fill the disk."""
+    """Keep a damaged database beside, in place of one that was kept before: copies must not fill the disk.
+
+    Not its chunk files: what is nobody's KV is of no use.
+    """
     for older in path.parent.glob(f"{path.name}.damaged-*"):
         shutil.rmtree(older)
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns() // 1_000_000}")
     path.rename(aside)
+    shutil.rmtree(aside / CHUNK_FILES, ignore_errors=True)
     log.error("the SSD tier starts empty; the damaged database was kept", kept=str(aside))
     return str(aside)
 
@@ -665,8 +736,9 @@ async def _serve(arguments: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    tables, moved_aside = open_tables(arguments.database, arguments.capacity_bytes)
-    worker = SsdWorker(f"ipc://{arguments.run_dir}/ssd.sock", tables, arguments.capacity_bytes, moved_aside)
+    tables, files, moved_aside = open_tier(arguments.database, arguments.capacity_bytes)
+    endpoint = f"ipc://{arguments.run_dir}/ssd.sock"
+    worker = SsdWorker(endpoint, tables, files, arguments.capacity_bytes, moved_aside)
     await worker.start()
     waits: list[asyncio.Task[Any]] = [asyncio.ensure_future(event.wait()) for event in (stop, worker.failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -675,7 +747,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     try:
         await worker.stop()
     except (CapacityError, PeerError) as error:
-        log.error("the last chunks could not be flushed", reason=error.message)
+        log.error("the last chunks could not be synced", reason=error.message)
         return 1
     return 1 if worker.failed.is_set() else 0
 

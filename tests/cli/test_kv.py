@@ -20,7 +20,7 @@ from protocol.arena import Geometry
 from protocol.messages import GeometryFields
 from tests.cli.running import cli
 from tests.faults.test_kvdaemon_full import small_disk
-from tests.kvdaemon.client import NAMESPACE, SMALL, DaemonProcess, StoreClient, eventually, running_daemon
+from tests.kvdaemon.client import NAMESPACE, SMALL, DaemonProcess, StoreClient, eventually, running_daemon, stored_files
 from tests.kvdaemon.contexts import Turn, make_turn, markers, save_turn, tokens
 
 SECRET = "the user's own words"
@@ -114,7 +114,7 @@ def places(daemon: DaemonProcess, turns: Sequence[Turn]) -> set[str]:
     """The files of arena and database in which KV, text or the last tokens of the turns can be read."""
     searched = [marker for turn in turns for kv in turn.chain for marker in markers(kv)]
     searched += [turn.manifest.text.encode() for turn in turns] + [turn.manifest.token_ids[-64:] for turn in turns]
-    files = [daemon.run_dir / "arena", *(daemon.data_dir / "ssd").iterdir()]
+    files = [daemon.run_dir / "arena", *stored_files(daemon.data_dir)]
     return {path.name for path in files if any(marker in path.read_bytes() for marker in searched)}
 
 
@@ -388,13 +388,13 @@ def test_verify_finds_a_flipped_bit_on_ssd(daemon: DaemonProcess) -> None:
     assert daemon.terminate() == 0
     (daemon.run_dir / "arena").unlink()
     victim = turn.chain[1].layers[1][0].tobytes()
-    (path,) = [path for path in (daemon.data_dir / "ssd").glob("*.sst") if victim in path.read_bytes()]
+    (path,) = [path for path in stored_files(daemon.data_dir) if victim in path.read_bytes()]
     raw = bytearray(path.read_bytes())
     raw[raw.index(victim) + 20] ^= 1
     path.write_bytes(raw)
     daemon.start()
     report = asked(daemon, "verify", code=1)
-    assert turn.chain[1].chunk_id.hex() in report["ssd_damaged"]
+    assert report["ssd_damaged"] == [turn.chain[1].chunk_id.hex()]
     (shown,) = asked(daemon, "ls")["conversations"]
     assert shown["stored_tokens"] < shown["kv_tokens"] == 99
     assert asked(daemon, "verify")["ssd_damaged"] == []
@@ -407,9 +407,8 @@ def test_the_receipt_says_what_a_byte_search_finds(daemon: DaemonProcess) -> Non
     """Before: KV, text and tokens in arena and files. After: none, and the receipt names each chunk and tier."""
     turns, other = conversation(1, 40, 80, 150), conversation(2, 150)
     save(daemon, *turns, *other)
-    flushed = eventually(lambda: any(name.endswith(".sst") for name in places(daemon, turns)), "in the files")
-    asyncio.run(flushed)
-    assert "arena" in places(daemon, turns)
+    written = eventually(lambda: {"arena", str(SMALL.slot_bytes)} <= places(daemon, turns), "in memory and files")
+    asyncio.run(written)
     receipt = asked(daemon, "erase", turns[0].key.hex(), "--yes")
     ours = {kv.chunk_id.hex() for turn in turns for kv in turn.chain}
     assert set(receipt["turn_keys"]) == {turn.key.hex() for turn in turns}
@@ -417,7 +416,7 @@ def test_the_receipt_says_what_a_byte_search_finds(daemon: DaemonProcess) -> Non
     assert receipt["dram_bytes"] == receipt["ssd_bytes"] == kv_bytes(*turns)
     assert receipt["wiped_bytes"] >= len(ours) * SMALL.slot_bytes
     assert receipt["ssd_manifests"] == 3
-    files = sum(path.stat().st_blocks * 512 for path in (daemon.data_dir / "ssd").iterdir())
+    files = sum(path.stat().st_blocks * 512 for path in stored_files(daemon.data_dir))
     assert files == receipt["ssd_physical_after"] < receipt["ssd_physical_before"]
     assert (receipt["left"], receipt["deferred_slots"], receipt["shared_chunks"]) == ([], 0, 0)
     assert places(daemon, turns) == set()

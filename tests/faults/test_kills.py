@@ -21,8 +21,8 @@ import pytest
 
 from kvdaemon import failpoints
 from kvdaemon.failpoints import FrontPoint, WorkerPoint
-from kvdaemon.ssd.tables import ChunkRecord, Tables, _layer_key
-from kvdaemon.ssd.worker import _FLUSH_S
+from kvdaemon.ssd.tables import ChunkRecord
+from kvdaemon.ssd.worker import open_tier, stored_bytes
 from protocol.arena import PAGE_BYTES, Geometry, SlotState
 from protocol.errors import CachedAttentionError, InvalidRequest
 from protocol.messages import (
@@ -56,6 +56,7 @@ _SLOTS = 42  # the traffic has some hundred chunks
 _LARGE = Geometry(layers=3, key_bytes=1024, value_bytes=1024, chunk_tokens=32)  # the cap is near with fewer chunks
 _CONVERSATIONS, _TURNS = 30, 6
 _REACHED_S = 2.0  # a point that is not reached in this time: killed where it is
+_WRITTEN_S = 2.0  # what was saved before is due after any kill
 _CHECKED = 15  # conversations compared in a round
 
 Victim = Literal["front", "worker", "everything", "machine"]  # machine: everything, and what was in memory
@@ -231,7 +232,7 @@ class Kills:
                 self.daemon.start()
         await asyncio.wait_for(work, 60.0)
         await self._recovered(worker)
-        due_s = killed_s - _FLUSH_S
+        due_s = killed_s - _WRITTEN_S
         self.traffic.chunks.killed(due_s)
         self.traffic.manifests.killed(due_s)
         await self._compare(victim, due_s)
@@ -371,31 +372,33 @@ class Kills:
         return "\n".join(lines)
 
     async def end(self) -> None:
-        """Stop the daemon, and go through its database: records, their layers, and no others but noted garbage."""
+        """Stop the daemon, and go through its files: the records, and of chunks nothing but what they speak of."""
         status = await self.client.status()
         await self.client.stop()
         assert self.daemon.terminate() == 0
-        tables = Tables(self.daemon.data_dir / "ssd")
-        records = list(tables.records(b"", 1_000_000))
-        assert all(isinstance(record, ChunkRecord) for record in records)
-        of_records = {
-            _layer_key(record, layer)
-            for record in records
-            if isinstance(record, ChunkRecord)
-            for layer in range(self.client.geometry.layers)
-        }
-        of_garbage = {
-            chunk.place + layer.to_bytes(2, "big")
-            for garbage in tables.garbage()
-            for chunk in garbage.chunks
-            for layer in range(chunk.layers)
-        }
-        layers = set(tables._layers.keys())
+        tables, files, moved_aside = open_tier(self.daemon.data_dir / "ssd", 1024 * _MIB)
+        found = list(tables.records(b"", 1_000_000))
+        there = sum(data_bytes(path) for path in files.directory.iterdir())
+        files.close()
         tables.close()
-        assert len(records) == status.ssd.chunks
-        assert sum(record.size_bytes for record in records if isinstance(record, ChunkRecord)) == status.ssd.used_bytes
-        assert of_records <= layers, "records whose layers are gone"
-        assert layers <= of_records | of_garbage, "layers that nobody would ever find"
+        records = [record for record in found if isinstance(record, ChunkRecord)]
+        assert moved_aside == ""
+        assert len(records) == len(found) == status.ssd.chunks == len({record.place for record in records})
+        assert sum(record.size_bytes for record in records) == status.ssd.used_bytes
+        assert sum(stored_bytes(self.client.geometry, record.tokens) for record in records) == there
+
+
+def data_bytes(path: Path) -> int:
+    """What is in a file that is no hole. Blocks that it takes are more: the file system's own notes are among them."""
+    total = at = 0
+    with open(path, "rb") as file:
+        while True:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but holes from here on
+                return total
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            total += at - start
 
 
 def _state(pid: int) -> str:
@@ -434,7 +437,7 @@ def test_kills(tmp_path: Path, ssd: str) -> None:
         pool = (
             [p for p in POINTS if p not in _CAP_POINTS]
             if ssd == "large"
-            else [*_CAP_POINTS, "delete.before", "delete.after"]
+            else [*_CAP_POINTS, "delete.before", "delete.after", "destroy.before", "destroy.after"]
         )
         try:
             for n in range(rounds):

@@ -1,4 +1,7 @@
-"""The caps are on physical bytes, and hold at every moment: what files take on the disk, the arena in memory."""
+"""The caps are on physical bytes, and hold at every moment: what files take on the disk, the arena in memory.
+
+`make churn` saves CHURN times the cap, at larger caps too.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from tests.kvdaemon.contexts import make_turn, save_turn, tokens
 
 _MIB = 1024 * 1024
 _CHURN = int(os.environ.get("CHURN", "3"))  # times the cap
+_CAPS_MIB = (32, 128, 512) if "CHURN" in os.environ else (32,)
 _GEOMETRY = Geometry(layers=4, key_bytes=1024, value_bytes=1024, chunk_tokens=32)  # 256 KiB a chunk
 _CHUNK = _GEOMETRY.slot_bytes
 
@@ -71,11 +75,11 @@ async def another_worker(daemon: DaemonProcess) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cap_mib", [32, 96])
+@pytest.mark.parametrize("cap_mib", _CAPS_MIB)
 def test_churn(tmp_path: Path, cap_mib: int) -> None:
-    """Chunks of several times the cap are saved, some used again so that garbage lies everywhere, and the worker is
-    killed on the way: neither tier ever takes more than its cap and 2 %; the newest are there, and none was dropped for
-    want of room on the disk."""
+    """Chunks of several times the cap are saved, some used again so that those that go lie everywhere, and the worker
+    is killed on the way: neither tier ever takes more than its cap and 2 %; the newest are there, and none was dropped
+    for want of room on the disk."""
     cap, dram_bytes = cap_mib * _MIB, 8 * _MIB
     random_ = random.Random(cap_mib)
 
@@ -99,9 +103,9 @@ def test_churn(tmp_path: Path, cap_mib: int) -> None:
         print(f"{written / logical:.2f} bytes written for each")
         assert watch.disk_bytes <= 1.02 * cap
         assert watch.memory_bytes <= 1.02 * dram_bytes
-        assert watch.disk_bytes >= 0.8 * cap  # it was full
+        assert watch.disk_bytes >= 0.9 * cap  # it was full
         assert status.state == "ok"
-        assert status.ssd.used_bytes >= 0.6 * cap
+        assert status.ssd.used_bytes >= 0.9 * cap
         assert metric(daemon.metrics(), 'cachedattention_evictions_total{reason="capacity",tier="ssd"}') > 0
         assert len(await client.load(make_chain(_GEOMETRY, 8, rounds - 1))) == 8
         own = psutil.Process(daemon.pid)
@@ -122,8 +126,8 @@ def test_manifests_count(tmp_path: Path) -> None:
         client = await StoreClient(daemon.run_dir, _GEOMETRY).start()
         turns = []
         with watching(daemon) as watch:
-            for seed in range(400):
-                text = random.Random(seed).randbytes(5_000).hex()  # 4 MB in all
+            for seed in range(250):
+                text = random.Random(seed).randbytes(5_000).hex()  # 2.5 MB in all, twice the share
                 turns.append(make_turn(tokens(20, seed), text=text, geometry=_GEOMETRY))
                 await save_turn(client, turns[-1])
             await eventually(lambda: "cachedattention_manifest_queue 0.0" in daemon.metrics(), "all on SSD")

@@ -83,6 +83,11 @@ def make_chain(
     return chain
 
 
+def stored_files(data_dir: Path) -> list[Path]:
+    """All files of the SSD tier: the database's, and those of chunks."""
+    return sorted(path for path in (data_dir / "ssd").rglob("*") if path.is_file())
+
+
 class StoreClient:
     """One inference process, as the daemon sees it. `await start()`, then use; `await stop()` at the end."""
 

@@ -30,7 +30,7 @@ from protocol.messages import (
     QueueOrder,
     SaveManifest,
 )
-from tests.kvdaemon.client import SMALL, DaemonProcess, StoreClient, eventually, metric, running_daemon
+from tests.kvdaemon.client import SMALL, DaemonProcess, StoreClient, eventually, metric, running_daemon, stored_files
 from tests.kvdaemon.contexts import Turn, make_turn, markers, save_turn, tokens
 
 
@@ -71,7 +71,7 @@ def traces(daemon: DaemonProcess, turns: Sequence[Turn], kept: Sequence[Turn] = 
     searched += [turn.manifest.text.encode() for turn in turns]
     searched += [turn.manifest.token_ids[-64:] for turn in turns]
     found = []
-    for path in [daemon.run_dir / "arena", *(daemon.data_dir / "ssd").iterdir()]:
+    for path in [daemon.run_dir / "arena", *stored_files(daemon.data_dir)]:
         content = path.read_bytes()
         found += [path.name for marker in searched if marker in content]
     return found

@@ -1,16 +1,19 @@
-"""Room in the SSD tier: who waits for it, who makes it, and what happens where nothing can be reclaimed."""
+"""Room in the SSD tier: who takes it, and what happens where there is none."""
 
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvdaemon.ssd.chunk_files import ChunkFiles
 from kvdaemon.ssd.tables import ChunkRecord, Tables
-from kvdaemon.ssd.worker import SsdWorker
+from kvdaemon.ssd.worker import SsdWorker, open_tier, stored_bytes
 from protocol.arena import Arena, Geometry, SlotState, layer_checksum
 from protocol.errors import CapacityError
 from protocol.messages import Ack, AttachArena, SsdDelete, SsdWrite, SsdWritten
@@ -24,38 +27,48 @@ def chunk_id(n: int) -> bytes:
     return n.to_bytes(16, "little")
 
 
-def arena_with_a_chunk(path: Path, geometry: Geometry = _GEOMETRY) -> Arena:
+def arena_with_a_chunk(path: Path, geometry: Geometry = _GEOMETRY, tokens: int = 32) -> Arena:
+    """Its KV says "mine", what an earlier one left in the slot "STALE"."""
     arena = Arena.create(path, geometry, 2 * geometry.slot_bytes)
     arena.take(0, SlotState.RESERVED, b"c" * 16)
     for layer in range(geometry.layers):
-        arena.set_layer_ready(0, layer, layer_checksum(*arena.layer(0, layer, 32)))
-    arena.set_identity(0, b"new chunk new ch", bytes(16), bytes(16), 32)
+        for count, text in ((32, b"STALE"), (tokens, b"mine")):
+            for view in arena.layer(0, layer, count):
+                view[:] = np.resize(np.frombuffer(text, np.uint8), len(view))
+        arena.set_layer_ready(0, layer, layer_checksum(*arena.layer(0, layer, tokens)))
+    arena.set_identity(0, b"new chunk new ch", bytes(16), bytes(16), tokens)
     arena.seal(0)
     arena.set_state(0, SlotState.READY)
     return arena
 
 
-def test_a_full_tier_without_garbage_says_so(tmp_path: Path) -> None:
-    """Live chunks up to the limit: a write is answered "full" instead of waiting for ever; when the front has let some
-    of them go, their space is reclaimed and the same write succeeds."""
+def test_a_full_tier_says_so(tmp_path: Path) -> None:
+    """Chunks up to the limit: a write is answered "full"; when the front has let some of them go, the same write
+    succeeds. What no record speaks of is freed at the start."""
     capacity = 32 * _MIB
-    tables = Tables(tmp_path / "ssd", capacity)
+    tables, files, _ = open_tier(tmp_path / "ssd", capacity)
     count = 0
-    while tables.used_bytes() < 0.95 * capacity:
-        record = ChunkRecord(
-            chunk_id(count), bytes(16), bytes(16), _GEOMETRY.digest(), 32, 512 * 1024, 100.0 + count, (1, 2)
+    noise = memoryview(mmap.mmap(-1, _GEOMETRY.slot_bytes))
+    noise[:] = os.urandom(_GEOMETRY.slot_bytes)
+    while files.physical_bytes() < 0.93 * capacity:
+        place = files.take(_GEOMETRY.slot_bytes)
+        files.write(place, 0, noise)
+        size = _GEOMETRY.slot_bytes
+        tables.put_chunk(
+            ChunkRecord(chunk_id(count), bytes(16), bytes(16), _GEOMETRY.digest(), 32, size, place, 1.0, (1, 2))
         )
-        tables.put_chunk(record, [os.urandom(256 * 1024)] * 2)
-        tables.flush()
         count += 1
+    full = files.physical_bytes()
+    files.write(files.take(_GEOMETRY.slot_bytes), 0, noise)  # its record never came
 
     async def main(client: RpcClient, write: SsdWrite) -> None:
         assert await client.request(write, SsdWritten, 30.0) == SsdWritten(0, "full")
+        assert files.physical_bytes() == full
         await client.request(SsdDelete(tuple(map(chunk_id, range(count // 4)))), Ack, 10.0)
+        assert files.physical_bytes() == full - (count // 4) * _GEOMETRY.slot_bytes
         assert await client.request(write, SsdWritten, 30.0) == SsdWritten(_GEOMETRY.slot_bytes, "ok")
-        assert tables.physical_bytes() < 0.95 * capacity
 
-    asyncio.run(with_worker(tables, capacity, arena_with_a_chunk(tmp_path / "arena"), main))
+    asyncio.run(with_worker(tables, files, capacity, arena_with_a_chunk(tmp_path / "arena"), main))
 
 
 def test_a_chunk_larger_than_the_tier(tmp_path: Path) -> None:
@@ -66,17 +79,36 @@ def test_a_chunk_larger_than_the_tier(tmp_path: Path) -> None:
         with pytest.raises(CapacityError, match="too small for chunks of 33554432 bytes"):
             await client.request(write, SsdWritten, 30.0)
 
-    tables = Tables(tmp_path / "ssd", 32 * _MIB)
+    tables, files, _ = open_tier(tmp_path / "ssd", 32 * _MIB)
     arena = arena_with_a_chunk(tmp_path / "arena", geometry)
-    asyncio.run(with_worker(tables, 32 * _MIB, arena, main))
+    asyncio.run(with_worker(tables, files, 32 * _MIB, arena, main))
+
+
+def test_a_partial_chunk_takes_its_pages(tmp_path: Path) -> None:
+    """And no byte that an earlier chunk left in the slot gets to the disk."""
+
+    async def main(client: RpcClient, write: SsdWrite) -> None:
+        assert await client.request(write, SsdWritten, 30.0) == SsdWritten(5 * _GEOMETRY.token_bytes, "ok")
+        assert files.physical_bytes() == stored_bytes(_GEOMETRY, 5) == 2 * 40960
+        content = (tmp_path / "ssd" / "chunks" / str(_GEOMETRY.slot_bytes)).read_bytes()
+        assert b"mine" * 16 in content
+        assert b"STALE" not in content
+
+    tables, files, _ = open_tier(tmp_path / "ssd", 32 * _MIB)
+    arena = arena_with_a_chunk(tmp_path / "arena", tokens=5)
+    asyncio.run(with_worker(tables, files, 32 * _MIB, arena, main))
 
 
 async def with_worker(
-    tables: Tables, capacity: int, arena: Arena, test: Callable[[RpcClient, SsdWrite], Awaitable[None]]
+    tables: Tables,
+    files: ChunkFiles,
+    capacity: int,
+    arena: Arena,
+    test: Callable[[RpcClient, SsdWrite], Awaitable[None]],
 ) -> None:
     """Run a test against a worker of these tables that maps this arena; what it writes is the chunk in slot 0."""
     endpoint = f"ipc://{tables.path.parent}/ssd.sock"
-    worker = SsdWorker(endpoint, tables, capacity)
+    worker = SsdWorker(endpoint, tables, files, capacity)
     await worker.start()
     client = RpcClient(endpoint, "kvdaemon")
     await client.start()
