@@ -72,20 +72,26 @@ class WriteBehind:
         return not self.problem and self._has_room()
 
     async def run(self) -> None:
-        """Write dirty chunks, for ever."""
+        """Write dirty chunks, a few at a time, for ever."""
         pause_s = _BACKOFF_S[0]
-        while True:
-            chunks = self._store.next_dirty(_IN_FLIGHT) if self._ssd.can_move_chunks and self._has_room() else []
-            if not chunks:
-                await asyncio.sleep(_IDLE_S)
-                continue
-            await asyncio.gather(*(self._write(chunk) for chunk in chunks if self._admit(chunk)))
-            self._on_written()
-            if self.problem:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _BACKOFF_S[1])
-            else:
-                pause_s = _BACKOFF_S[0]
+        async with asyncio.TaskGroup() as group:
+            writes: set[asyncio.Task[None]] = set()
+            while True:
+                can_write = self._ssd.can_move_chunks and self._has_room() and not (writes and self.problem)
+                chunks = self._store.next_dirty(_IN_FLIGHT - len(writes)) if can_write else []
+                writes |= {group.create_task(self._write(chunk)) for chunk in chunks if self._admit(chunk)}
+                if not writes:
+                    await asyncio.sleep(0 if chunks else _IDLE_S)
+                    continue
+                done, writes = await asyncio.wait(writes, timeout=_IDLE_S, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    continue
+                self._on_written()
+                if not self.problem:
+                    pause_s = _BACKOFF_S[0]
+                elif not writes:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _BACKOFF_S[1])
 
     def _admit(self, chunk: Chunk) -> bool:
         """Whether the budget allows to write this chunk now."""

@@ -1,13 +1,12 @@
 """SSD: cold reads into the arena and write-behind, against O_DIRECT on the same disk; and what they do to DRAM loads.
 
 Reads: contexts that are on SSD only are leased; the clock runs from the request until their last layer is ready in the
-arena, every layer verified. Before each read the database's files are synced and dropped from the page cache
-(posix_fadvise DONTNEED), and what the worker then reads from the device is counted: it must be all of it. RocksDB reads
-through the page cache (buffered, see kvdaemon/ssd/tables.py), so its neighbour on the table is the same file read
-with O_DIRECT in pieces of one layer, one at a time.
+arena, every layer verified. Before each read the tier's files are synced and dropped from the page cache (posix_fadvise
+DONTNEED), and what the worker then reads from the device is counted: it must be all of it. Its neighbour on the table is a
+file read with O_DIRECT in pieces of one layer, one at a time.
 
-Write-behind: contexts are saved into DRAM; the clock runs from the first save until nothing waits to be written.
-RocksDB's memtables (at most 32 MiB) are then still in memory, so much more than that is written.
+Write-behind: contexts are saved into DRAM; the clock runs from the first save until nothing waits to be written. Its
+neighbour is a file overwritten with O_DIRECT in pieces of one layer, one at a time; chunks go to fresh space.
 """
 
 from __future__ import annotations
