@@ -354,7 +354,10 @@ class KvDaemon:
         return Ack()
 
     async def _commit(self, call: Call, request: Commit) -> Committed:
-        return Committed(self.store.commit(self._opened_by(call), request.chunks))
+        accepted = self.store.commit(self._opened_by(call), request.chunks)
+        if self.write_behind is not None:
+            self.write_behind.look()
+        return Committed(accepted)
 
     async def _quarantine(self, call: Call, request: Quarantine) -> Ack:
         """A reader's word is checked: it may itself have copied wrongly, and chunks are shared."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,7 @@ class WriteBehind:
         self._problem = ""  # of the latest write
         self._worker_error = ""  # since RocksDB's last sync
         self._is_full = False  # says the worker: chunks must go before another can come
+        self._committed = asyncio.Event()  # chunks, since we looked
         self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
         self._evicted: tuple[bytes, ...] = ()  # from the books of the SSD tier, and not yet deleted there
         self._evicted_in = 0  # the worker's start of this number
@@ -81,7 +83,7 @@ class WriteBehind:
                 chunks = self._store.next_dirty(_IN_FLIGHT - len(writes)) if can_write else []
                 writes |= {group.create_task(self._write(chunk)) for chunk in chunks if self._admit(chunk)}
                 if not writes:
-                    await asyncio.sleep(0 if chunks else _IDLE_S)
+                    await self._wait_for_chunks(0 if chunks else _IDLE_S)
                     continue
                 done, writes = await asyncio.wait(writes, timeout=_IDLE_S, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
@@ -92,6 +94,15 @@ class WriteBehind:
                 elif not writes:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _BACKOFF_S[1])
+
+    def look(self) -> None:
+        """Chunks were committed."""
+        self._committed.set()
+
+    async def _wait_for_chunks(self, timeout_s: float) -> None:
+        self._committed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._committed.wait(), timeout_s)
 
     def _admit(self, chunk: Chunk) -> bool:
         """Whether the budget allows to write this chunk now."""

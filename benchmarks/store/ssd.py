@@ -37,7 +37,7 @@ class _Sizes:
     contexts: int  # saved in one round
     write_rounds: int
     read_rounds: int
-    flush_s: float = 5.0  # the worker flushes every 2 s
+    flush_s: float = 5.0  # the worker syncs every 2 s
 
 
 def sizes(quick: bool) -> list[_Sizes]:
@@ -122,7 +122,7 @@ class _Rounds:
         self._save_round()
         self._wait_written()
         seconds = time.perf_counter() - started
-        time.sleep(self._size.flush_s)  # its last memtables must not fall into the next one's time
+        time.sleep(self._size.flush_s)  # its last sync must not fall into the next one's time
         return seconds
 
     def _is_written(self) -> bool:
