@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from inference.embedded.make import make_random_model
+from benchmarks.random_model import make_random_model
 
 _VERSION = 3
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from cli.settings import Settings
 from cli.sizes import format_size
+from inference.embedded import MODEL
 from protocol.arena import exclusive
 from protocol.errors import ConfigError
 from protocol.rpc import check_endpoint
@@ -233,7 +234,10 @@ def _sockets(settings: Settings) -> Iterator[Finding]:
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
-    """A directory is looked into; 'embedded' and hub ids are judged by inference when it loads them."""
+    """A directory is looked into; a hub id is judged by inference when it loads it."""
+    if settings.model == "embedded" and not any(MODEL.glob("*.safetensors")):
+        yield Finding("model", "fail", f"{MODEL} has no weights", "install the package again, or another --model")
+        return
     place = Path(settings.model).expanduser()
     if settings.model == "embedded" or not place.is_dir():
         yield Finding("model", "ok", settings.model)

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     model: str = Field("embedded", min_length=1, description="'embedded', a directory, or a hub id")
     host: str = Field("127.0.0.1", min_length=1, description="address of the REST API")
     port: Port = Field(8000, description="port of the REST API; 0 takes any")
-    data_dir: Directory = Field(default_factory=default_data_dir, description="for SSD tier, journal, secret, models")
+    data_dir: Directory = Field(default_factory=default_data_dir, description="for SSD tier, journal and secret")
     run_dir: Directory = Field(
         default_factory=lambda known: default_run_dir(known["data_dir"]),
         description="directory on tmpfs for DRAM tier and sockets",
@@ -170,7 +170,6 @@ class Settings(BaseModel):
         return InferenceConfig(
             model=self.model,
             run_dir=self.run_dir,
-            data_dir=self.data_dir,
             endpoint=self.inference_endpoint,
             kvdaemon_endpoint=self.kvdaemon_endpoint,
             device=self.device,

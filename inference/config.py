@@ -18,7 +18,6 @@ class InferenceConfig:
 
     model: str  # "embedded", a directory, or a hub id
     run_dir: Path
-    data_dir: Path
     endpoint: str
     kvdaemon_endpoint: str
     device: Literal["auto", "cpu", "cuda"] = "auto"

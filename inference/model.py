@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from inference.config import InferenceConfig
-from inference.embedded.make import embedded_model
+from inference.embedded import MODEL
 from inference.selfcheck import CheckedModel, take_over
 from protocol.arena import Geometry
 from protocol.errors import ConfigError, UnsupportedModel
@@ -93,7 +93,13 @@ def load_model(config: InferenceConfig) -> LoadedModel:
 def locate(config: InferenceConfig) -> tuple[Path, str]:
     """The directory of the configured model and its name in the API. A hub id is downloaded into the hub's cache."""
     if config.model == "embedded":
-        return embedded_model(config.data_dir / "models"), "embedded"
+        if not any(MODEL.glob("*.safetensors")):
+            raise ConfigError(
+                f"the embedded model is not in this installation ({MODEL} has no weights); install the package again,"
+                " train it (python -m inference.embedded.train), or name another model",
+                param="model",
+            )
+        return MODEL, "embedded"
     directory = Path(config.model).expanduser()
     if directory.is_dir():
         return directory, directory.resolve().name

@@ -2,8 +2,8 @@
 
 Reads: contexts that are on SSD only are leased; the clock runs from the request until their last layer is ready in the
 arena, every layer verified. Before each read the tier's files are synced and dropped from the page cache (posix_fadvise
-DONTNEED), and what the worker then reads from the device is counted: it must be all of it. Its neighbour on the table is a
-file read with O_DIRECT in pieces of one layer, one at a time.
+DONTNEED), and what the worker then reads from the device is counted: it must be all of it. Its neighbour on the table
+is a file read with O_DIRECT in pieces of one layer, one at a time.
 
 Write-behind: contexts are saved into DRAM; the clock runs from the first save until nothing waits to be written. Its
 neighbour is a file overwritten with O_DIRECT in pieces of one layer, one at a time; chunks go to fresh space.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,6 +20,8 @@ from cli.chat import Conversation, events, printable, summary
 from inference.embedded.small_talk import SUGGESTION
 from protocol.errors import PeerError
 from tests.cli.running import PATIENCE_S, Up, cli, environment, running_up
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,18 @@ def test_a_terminal_is_told_what_to_say(up: Up) -> None:
         os.close(theirs)
     assert process.returncode == 0
     assert out.decode().splitlines()[1] == f"try: {SUGGESTION}"
+
+
+def test_the_conversation_of_the_readme(tmp_path: Path) -> None:
+    """What the README shows is what a newcomer sees, but for the times."""
+    shown = re.search(r"^```\n(› .*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    said = [line.removeprefix("› ") for line in shown[1].splitlines() if line.startswith("› ")]
+    assert said[0] == SUGGESTION
+    with running_up(tmp_path / "data") as fresh:
+        done = cli("chat", "--url", fresh.url, stdin="\n".join(said).encode())
+    times = re.compile(r"TTFT [\d,]+ ms")
+    assert times.sub("", done.stdout.decode()) == times.sub("", shown[1])
 
 
 def test_new_and_system_begin_again(up: Up) -> None:

@@ -79,6 +79,14 @@ def test_models(tmp_path: Path) -> None:
     assert findings(tmp_path, model=str(model))["model"].verdict == "warn"
 
 
+def test_an_installation_without_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert findings(tmp_path)["model"].verdict == "ok"
+    monkeypatch.setattr("cli.doctor.MODEL", tmp_path / "weights")
+    finding = findings(tmp_path)["model"]
+    assert finding.verdict == "fail"
+    assert "has no weights" in finding.found
+
+
 def test_as_a_command(tmp_path: Path) -> None:
     free = ["--port", "0", "--metrics-port-inference", "0", "--metrics-port-kvdaemon", "0"]
     places = ["--data-dir", str(tmp_path / "data"), "--dram", "16MiB", "--ssd", "16MiB"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from inference.embedded.make import byte_tokenizer
+from benchmarks.random_model import byte_tokenizer
 from tests.inference.harness import make_model
 
 

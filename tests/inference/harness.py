@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from benchmarks.random_model import byte_tokenizer
 from inference.config import InferenceConfig
-from inference.embedded.make import SPECIAL_TOKENS, byte_tokenizer
+from inference.embedded.template import SPECIAL_TOKENS
 from inference.model import LoadedModel, load_model
 from inference.service import InferenceService
 from monitoring.registry import new_registry
@@ -117,7 +118,6 @@ def config_for(model: Path | str, run_dir: Path, **overrides: Any) -> InferenceC
     values: dict[str, Any] = {
         "model": str(model),
         "run_dir": run_dir,
-        "data_dir": run_dir,
         "endpoint": f"ipc://{run_dir}/inference.sock",
         "kvdaemon_endpoint": f"ipc://{run_dir}/kvdaemon.sock",
         "dtype": "float32",

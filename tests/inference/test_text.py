@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.embedded.make import byte_tokenizer
+from benchmarks.random_model import byte_tokenizer
 from inference.text import AnswerText, prompt_tokens, render, tokenize
 from protocol import ids
 from protocol.errors import InvalidRequest

@@ -1,6 +1,6 @@
-"""Make the embedded model: a small Llama with random weights, a byte-level tokenizer and a chat template.
+"""Models of any size and context with random weights, a byte-level tokenizer and a chat template.
 
-It speaks nonsense, deterministically; everything around it is real.
+They speak nonsense, deterministically, and hardly ever end an answer by themselves: what measurements and tests need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inference.embedded.template import SPECIAL_TOKENS
 
-VERSION = 1  # part of the directory's name: raise it whenever the result changes
 # Content is never trimmed: the rendered answer must be the generated one, or its KV would be lost.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -68,28 +67,3 @@ def make_random_model(directory: Path, config: LlamaConfig, seed: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not directory.is_dir():
             raise
-
-
-def embedded_model(models_dir: Path) -> Path:
-    """The embedded model's directory under `models_dir`, made at the first call."""
-    directory = models_dir / f"embedded-{VERSION}"
-    if not directory.is_dir():
-        models_dir.mkdir(parents=True, exist_ok=True)
-        config = LlamaConfig(
-            vocab_size=256 + len(SPECIAL_TOKENS),
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=4096,
-            # Large enough that attention is not flat and the answer depends on the whole history.
-            initializer_range=0.06,
-            bos_token_id=None,
-            eos_token_id=256,
-            pad_token_id=256,
-            tie_word_embeddings=False,
-        )
-        make_random_model(directory, config, seed=20240710)
-    return directory
