@@ -41,6 +41,13 @@ class DirectFile:
         """Seconds to write nbytes over what is there, down to the device."""
         return self._move(os.pwritev, nbytes, piece_bytes, at_once, sync=True)
 
+    def write_fresh(self, nbytes: int, piece_bytes: int, at_once: int = 1) -> float:
+        """Seconds to write the whole file (of nbytes) anew, where the file system has no block of it yet."""
+        os.ftruncate(self._fd, 0)
+        os.fsync(self._fd)
+        self._offset = 0
+        return self.write(nbytes, piece_bytes, at_once)
+
     def _move(self, call: object, nbytes: int, piece_bytes: int, at_once: int, *, sync: bool = False) -> float:
         assert callable(call)
         offsets = [(self._offset + i) % self._size_bytes for i in range(0, nbytes, piece_bytes)]

@@ -6,7 +6,8 @@ DONTNEED), and what the worker then reads from the device is counted: it must be
 is a file read with O_DIRECT in pieces of one layer, one at a time.
 
 Write-behind: contexts are saved into DRAM; the clock runs from the first save until nothing waits to be written. Its
-neighbour is a file overwritten with O_DIRECT in pieces of one layer, one at a time; chunks go to fresh space.
+neighbours are a file written with O_DIRECT in pieces of one layer, one at a time: anew, for chunks go to space where the
+file system has no blocks yet, and over what is there, which no store can do with chunks that come for the first time.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class _Rounds:
             size.write_rounds,
             {
                 "write-behind": lambda i: self._write_behind(),
-                "O_DIRECT write": lambda i: self._direct.write(round_bytes, size.layer_bytes),
+                "O_DIRECT write": lambda i: self._direct.write_fresh(round_bytes, size.layer_bytes),
+                "O_DIRECT, overwriting": lambda i: self._direct.write(round_bytes, size.layer_bytes),
             },
             self._step,
         )
@@ -106,6 +108,7 @@ class _Rounds:
                 samples=tuple(self._amplified),
             ),
             rate(f"{name}: write-behind", written, "write-behind", "O_DIRECT write", round_bytes, at_least=0.6),
+            rate(f"{name}: write-behind", written, "write-behind", "O_DIRECT, overwriting", round_bytes),
             *self._beside_loads(),
         ]
 
