@@ -6,7 +6,6 @@ produces goes to its listener, which hands it to the event loop.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Collection
@@ -21,6 +20,7 @@ from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
 from inference.save import Saver, SaveTask
 from inference.text import AnswerText
+from inference.worker import Worker
 from inference.working_kv import WorkingKv
 from monitoring.logs import get_logger
 from protocol.ids import TokenArray
@@ -95,31 +95,24 @@ class Engine:
         self._model = model
         self._saver = saver
         self._token_budget = token_budget
-        self._threads = torch.get_num_threads()
         self._new: deque[Job] = deque()
         self._jobs: list[Job] = []
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._worker = Worker("engine", self._work, torch.get_num_threads())
 
     @property
     def running(self) -> int:
         return len(self._jobs) + len(self._new)
 
     def start(self) -> None:
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
         """Stop after the current step; jobs still in the engine end without a word."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self._thread.join(30.0)
+        self._worker.stop(30.0)
 
     def submit(self, job: Job) -> None:
-        with self._wake:
-            self._new.append(job)
-            self._wake.notify()
+        self._new.append(job)
+        self._worker.notify()
 
     def cancel(self, job: Job) -> None:
         """The job ends before the next step, silently."""
@@ -130,27 +123,19 @@ class Engine:
 
     def poke(self) -> None:
         """Something that a waiting step looks at has changed."""
-        with self._wake:
-            self._wake.notify()
+        self._worker.notify()
 
     # -- the thread ---------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        # Other threads of ours set their own number to one; OpenMP keeps it per thread.
-        torch.set_num_threads(self._threads)
-        while True:
-            with self._wake:
-                while not self._new and not self._jobs and not self._stopping:
-                    self._wake.wait()
-                if self._stopping:
-                    return
-                self._jobs.extend(self._new)
-                self._new.clear()
-            for job in [job for job in self._jobs if job.is_cancelled]:
-                self._remove(job)
-                self._abandon_save(job)
-            if self._jobs:
-                self._step()
+    def _work(self) -> float | None:
+        while self._new:
+            self._jobs.append(self._new.popleft())
+        for job in [job for job in self._jobs if job.is_cancelled]:
+            self._remove(job)
+            self._abandon_save(job)
+        if self._jobs:
+            self._step()
+        return 0.0 if self._jobs else None
 
     def _step(self) -> None:
         views = [JobView(i, job.remaining_prompt, job.is_loading) for i, job in enumerate(self._jobs)]

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-from inference.rotary import Rotary
-from inference.working_kv import WorkingKv
+from inference.rotary import KeyRotation, Rotary
+from inference.worker import Worker
+from inference.working_kv import WorkingKv, as_bytes
 from monitoring.logs import get_logger
-from protocol.arena import Arena
+from protocol.arena import Arena, HeldSlots
 from protocol.errors import CachedAttentionError
 from protocol.messages import SlotRef
 
@@ -57,14 +60,15 @@ class LoadTask:
         self.failure: LoadFailed | None = None
         self._ready = 0
         self._changed = threading.Condition()
-        # (chunk, its first position, how many of its tokens the job uses), as far as the history reaches
-        self.pieces: list[tuple[SlotRef, int, int]] = []
+        # (chunk, first position, last + 1 that the job uses), as far as the history reaches
+        self.spans: list[tuple[SlotRef, int, int]] = []
         start = 0
         for ref in chunks:
-            used = min(ref.tokens, kv.length - start)
-            if used > 0:
-                self.pieces.append((ref, start, used))
+            if start < kv.length:
+                self.spans.append((ref, start, min(start + ref.tokens, kv.length)))
             start += ref.tokens
+        self.slots = HeldSlots(arena, [(ref.slot, ref.generation, ref.chunk_id) for ref, _, _ in self.spans])
+        self.pieces: list[Piece] = []  # the loader's, from its start to its end
 
     @property
     def ready_layers(self) -> int:
@@ -75,6 +79,11 @@ class LoadTask:
         """Part of the loading time that ran under computation."""
         span = self.ended_s - self.started_s
         return 1.0 - min(1.0, self.waited_s / span) if span > 0 else 1.0
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come."""
+        return self.is_cancelled or self.failure is not None or self._ready == self.kv.shape.layers
 
     def has_begun(self) -> bool:
         """Whether computing may start: a layer is there, or it never will be."""
@@ -105,118 +114,127 @@ class LoadTask:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One chunk's way into working KV: views of both ends, for all layers."""
+
+    ref: SlotRef
+    stored_keys: tuple[torch.Tensor, ...]  # by layer, [tokens, kv_heads, key_dim]
+    keys: tuple[torch.Tensor, ...]  # the same
+    rotate: KeyRotation
+    copies: list[tuple[Any, Any]]  # to, from; see as_bytes
+
+    def load(self, layer: int) -> None:
+        keys = self.keys[layer]
+        self.rotate(self.stored_keys[layer].to(keys.device), keys)
+        for target, source in self.copies:
+            target[layer] = source[layer]
+
+
+def cut(task: LoadTask, rotary: Rotary) -> list[Piece]:
+    """The pieces of a task. Views are made here, once: for every layer they would cost as much as a small copy."""
+    arena, kv, shape = task.arena, task.kv, task.kv.shape
+    key_bytes, value_bytes = arena.geometry.key_bytes, arena.geometry.value_bytes
+    heads = (arena.geometry.chunk_tokens, shape.kv_heads, shape.key_dim)
+    stored_keys = torch.from_numpy(arena.keys).view(shape.dtype).unflatten(2, heads)
+    on_cpu = shape.device.type == "cpu"
+    from_keys = arena.keys if on_cpu else torch.from_numpy(arena.keys)
+    from_values = arena.values if on_cpu else torch.from_numpy(arena.values)
+    values, raw, raw_base = as_bytes(kv.values), as_bytes(kv.raw.keys), kv.raw.base
+    pieces = []
+    for ref, start, end in task.spans:
+        used = end - start
+        copies = [
+            (values[:, start * value_bytes : end * value_bytes], from_values[ref.slot, :, : used * value_bytes]),
+        ]
+        tail = max(start, raw_base)
+        if tail < end:  # of a chunk that will be saved again, longer: its raw keys
+            to = raw[:, (tail - raw_base) * key_bytes : (end - raw_base) * key_bytes]
+            copies.append((to, from_keys[ref.slot, :, (tail - start) * key_bytes : used * key_bytes]))
+        rotate = rotary.key_rotation(start, end, shape)
+        from_, to_ = stored_keys[ref.slot, :, :used].unbind(), kv.keys[:, start:end].unbind()
+        pieces.append(Piece(ref, from_, to_, rotate, copies))
+    return pieces
+
+
 class Loader:
     """The loader's thread. `submit` from any thread."""
 
     def __init__(self, rotary: Rotary, on_layer: Callable[[], None]) -> None:
-        """on_layer: called from the loader's thread when a job's first layer is there."""
+        """on_layer: called from the loader's thread when a job's first layer is there or never will be."""
         self._rotary = rotary
         self._on_layer = on_layer
-        self._new: list[LoadTask] = []
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._new: deque[LoadTask] = deque()
+        self._active: list[LoadTask] = []
+        # KV copies are best on one thread; the others belong to the computation.
+        self._worker = Worker("loader", self._advance_all, torch_threads=1)
 
     def start(self) -> None:
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self._thread.join(5.0)
+        self._worker.stop(5.0)
 
     def submit(self, task: LoadTask) -> None:
-        with self._wake:
-            self._new.append(task)
-            self._wake.notify()
+        self._new.append(task)
+        self._worker.notify()
 
-    def _run(self) -> None:
-        # KV copies are best on one thread; the others belong to the computation.
-        torch.set_num_threads(1)
-        active: list[LoadTask] = []
-        while True:
-            with self._wake:
-                while not self._new and not active and not self._stopping:
-                    self._wake.wait()
-                if self._stopping:
-                    return
-                active += self._new
-                self._new = []
-            if not self._advance_all(active) and active:
-                time.sleep(_POLL_S)
-
-    def _advance_all(self, active: list[LoadTask]) -> bool:
-        """Load what is there of all tasks and take out those that end. False: nothing done.
-
-        A frame of its own: no name of the waiting loop keeps a finished job's memory from the next job.
-        """
-        progressed = False
-        for task in list(active):
-            # First come, first served, but a job that waits for the SSD lets the next one pass.
-            while self._advance(task):
-                progressed = True
-            if task.is_cancelled or task.failure is not None or task.ready_layers == task.kv.shape.layers:
-                active.remove(task)
-                task.ended_s = time.monotonic()
-                task.on_end()
-        return progressed
-
-    def _advance(self, task: LoadTask) -> bool:
-        """Load the next layer of a task, if it is there. False: nothing done."""
-        layer = task.ready_layers
-        if task.is_cancelled or task.failure is not None or layer == task.kv.shape.layers:
-            return False
-        if task.started_s == 0.0:
-            task.started_s = time.monotonic()
-        try:
-            arrived = all(task.arena.ready_layers(ref.slot) > layer for ref, _, _ in task.pieces)
-            if not arrived:
-                self._check_waiting(task)
-                return False
-            started = time.monotonic()
-            for ref, start, used in task.pieces:
-                self._load_piece(task, layer, ref, start, used)
-            if task.kv.shape.device.type == "cuda":
-                torch.cuda.current_stream(task.kv.shape.device).synchronize()
-            task.busy_s += time.monotonic() - started
-            task.layer_ready(layer)
-        except LoadFailed as failure:
-            task.fail(failure)
-        except Exception:  # whatever it is, the turn goes on by computing
-            log.exception("loading failed")
-            task.fail(LoadFailed("load_failed", task))
-        if layer == 0:
-            self._on_layer()
-        return True
-
-    def _check_waiting(self, task: LoadTask) -> None:
-        for ref, _, _ in task.pieces:
-            if not task.arena.is_current(ref.slot, ref.generation, ref.chunk_id):
-                raise LoadFailed("revoked", task, ref)
-        if time.monotonic() > task.deadline_s:
-            raise LoadFailed("load_failed", task)
+    def _advance_all(self) -> float | None:
+        """Load what is there of all tasks and take out those that end."""
+        while self._new:
+            self._active.append(self._new.popleft())
+        # First come, first served, but a job that waits for the SSD lets the next one pass.
+        progressed = [self._advance(task) for task in self._active]
+        for task in [task for task in self._active if task.is_over]:
+            self._active.remove(task)
+            task.pieces.clear()
+            task.ended_s = time.monotonic()
+            task.on_end()
+        if not self._active:
+            return None
+        return 0.0 if any(progressed) else _POLL_S
 
     @torch.inference_mode()
-    def _load_piece(self, task: LoadTask, layer: int, ref: SlotRef, start: int, used: int) -> None:
-        arena, kv, shape = task.arena, task.kv, task.kv.shape
-        if not arena.is_current(ref.slot, ref.generation, ref.chunk_id):
-            raise LoadFailed("revoked", task, ref)
-        if ref.verify and not arena.verify_layer(ref.slot, layer, ref.tokens):
-            raise LoadFailed("corrupt", task, ref)
-        key_bytes, value_bytes = arena.layer(ref.slot, layer, used)
-        raw = as_tensor(key_bytes, shape.dtype, shape.kv_heads, shape.key_dim).to(shape.device)
-        end = start + used
-        kv.keys[layer, start:end] = self._rotary.rotate_keys(raw, self._rotary.span(start, end))
-        kv.values[layer, start:end] = as_tensor(value_bytes, shape.dtype, shape.kv_heads, shape.value_dim)
-        tail = max(start, kv.raw.base)
-        if tail < end:
-            kv.raw.span(layer, tail, end).copy_(raw[tail - start :])
-        # The bytes count only if the slot was ours to read from first to last.
-        if not arena.is_current(ref.slot, ref.generation, ref.chunk_id):
-            raise LoadFailed("revoked", task, ref)
+    def _advance(self, task: LoadTask) -> bool:
+        """Load the layers of a task that are there. False: none was."""
+        if task.started_s == 0.0:
+            task.started_s = time.monotonic()
+        begun = task.ready_layers
+        try:
+            arrived = task.slots.ready_layers()
+            if not task.slots.are_current():
+                raise LoadFailed("revoked", task)
+            if arrived == begun and time.monotonic() > task.deadline_s:
+                raise LoadFailed("load_failed", task)
+            if not task.pieces:
+                task.pieces = cut(task, self._rotary)
+            while task.ready_layers < arrived and not task.is_cancelled:
+                self._load_layer(task, task.ready_layers)
+        except LoadFailed as failure:
+            self._fail(task, failure)
+        except Exception:  # whatever it is, the turn goes on by computing
+            log.exception("loading failed")
+            self._fail(task, LoadFailed("load_failed", task))
+        return task.ready_layers > begun
 
+    def _load_layer(self, task: LoadTask, layer: int) -> None:
+        """The slots were found current. Raises LoadFailed."""
+        started = time.monotonic()
+        for piece in task.pieces:
+            ref = piece.ref
+            if ref.verify and not task.arena.verify_layer(ref.slot, layer, ref.tokens):
+                raise LoadFailed("corrupt", task, ref)
+            piece.load(layer)
+        if task.kv.shape.device.type == "cuda":
+            torch.cuda.current_stream(task.kv.shape.device).synchronize()
+        # The bytes count only if the slots were ours to read from first to last. With that they are for the next layer.
+        if not task.slots.are_current():
+            raise LoadFailed("revoked", task)
+        task.busy_s += time.monotonic() - started
+        task.layer_ready(layer)
+        if layer == 0:
+            self._on_layer()
 
-def as_tensor(view: np.ndarray, dtype: torch.dtype, heads: int, dim: int) -> torch.Tensor:
-    """Bytes of the arena as KV, without a copy.  # [tokens, heads, dim]"""
-    return torch.from_numpy(view).view(dtype).view(-1, heads, dim)
+    def _fail(self, task: LoadTask, failure: LoadFailed) -> None:
+        task.fail(failure)
+        self._on_layer()

@@ -12,21 +12,22 @@ What a lost daemon forgot is done again from the working KV.
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from array import array
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
-from inference.preload import as_tensor
 from inference.store import Reservation, Store
-from inference.working_kv import WorkingKv
+from inference.worker import Worker
+from inference.working_kv import WorkingKv, as_bytes
 from monitoring.logs import get_logger
-from protocol.arena import layer_checksum
 from protocol.errors import CachedAttentionError
-from protocol.ids import ROOT, TokenArray, chunk_id
+from protocol.ids import ROOT, TokenArray, chunk_id, pack_tokens
 from protocol.messages import CommittedChunk, Manifest
 
 log = get_logger(__name__)
@@ -35,6 +36,7 @@ T = TypeVar("T")
 _RETRY_S = 0.1
 _GIVE_UP_S = 15.0  # after its turn ended, a context that cannot be saved is let go
 _SPARE_SLOTS = 2  # reserved ahead, so that a chunk that fills during decode finds its slot at once
+_COMMIT_BYTES = 32 << 20  # a request costs this process and the daemon as much as the copy of some MiB
 
 
 def _nobody(saved: bool) -> None:
@@ -43,10 +45,23 @@ def _nobody(saved: bool) -> None:
 
 @dataclass
 class _Chunk:
-    """The chunk being saved."""
+    """A chunk that is not known to be saved: being copied, filled, or in a commit."""
 
+    start: int  # of its tokens
+    end: int
     reservation: Reservation
     layers: int = 0  # copied so far
+    copied_s: float = 0.0
+    was_told: bool = False  # to the daemon: the slot may be the daemon's by now, and is not written into again
+
+
+@dataclass
+class _Commit:
+    """Filled chunks that the daemon was told of; with the last ones, the manifest."""
+
+    chunks: list[_Chunk]
+    is_last: bool
+    accepted: Future[tuple[bool, ...]]
 
 
 class SaveTask:
@@ -55,17 +70,26 @@ class SaveTask:
     The engine moves `computed` (per layer, tokens written) and appends to `token_ids`; the saver follows.
     """
 
-    def __init__(self, kv: WorkingKv, namespace: bytes, history: TokenArray, token_ids: list[int], chunk_tokens: int):
-        """kv: begun. history: ids of all tokens before the first chunk that is saved anew. token_ids: all, growing."""
+    def __init__(
+        self,
+        kv: WorkingKv,
+        namespace: bytes,
+        history: TokenArray,
+        token_ids: TokenArray | Sequence[int],
+        chunk_tokens: int,
+    ) -> None:
+        """kv: begun. history: ids of the tokens before the first chunk that is saved anew. token_ids: of all so far."""
         self.kv = kv
         self.raw = kv.raw  # a later turn that takes the KV over gives it other raw keys
         self.namespace = namespace
         self.chunk_tokens = chunk_tokens
-        self.token_ids = token_ids
+        self.token_ids = array("I", pack_tokens(token_ids))
         self.computed = [kv.length] * kv.shape.layers
-        self.chunk_ids: list[bytes] = []  # all chunks of the context, saved ones and before
-        self.next_start = len(history)  # first token of the chunk being saved
-        self.chunk: _Chunk | None = None
+        self.chunk_ids: list[bytes] = []  # of the context as far as it lies in slots, saved before or now
+        self.next_start = len(history)  # first token of the next chunk to fill
+        self.chunk: _Chunk | None = None  # being copied
+        self.filled: list[_Chunk] = []
+        self.commits: list[_Commit] = []  # not answered yet, oldest first
         self.final: Manifest | None = None  # set when the turn is over
         self.final_s = 0.0
         self.is_abandoned = False
@@ -82,9 +106,63 @@ class SaveTask:
         """`manifest` with the chunks that were saved. To be asked when all are."""
         return replace(manifest, chunk_ids=tuple(self.chunk_ids))
 
+    # -- the saver's side -----------------------------------------------------------------------------------
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the turn is over and all of it lies in slots."""
+        return self.final is not None and self.next_start >= self.final.kv_tokens
+
+    @property
+    def next_end(self) -> int:
+        end = self.next_start + self.chunk_tokens
+        return end if self.final is None else min(end, self.final.kv_tokens)
+
+    def ready_layers(self, end: int) -> int:
+        """How many layers are computed up to token `end`."""
+        return sum(tokens >= end for tokens in self.computed)
+
+    def fill(self, chunk: _Chunk) -> None:
+        """All of `chunk` is in its slot: give it its id, and go on to the next one."""
+        self.chunk_ids.append(chunk_id(self.namespace, self._parent(chunk), self.token_ids[chunk.start : chunk.end]))
+        self.filled.append(chunk)
+        self.chunk = None
+        self.next_start = chunk.end
+
+    def committed(self, chunk: _Chunk) -> CommittedChunk:
+        return CommittedChunk(
+            chunk.reservation.slot,
+            chunk.reservation.generation,
+            self.chunk_ids[chunk.start // self.chunk_tokens],
+            self._parent(chunk),
+            self.namespace,
+            chunk.end - chunk.start,
+        )
+
+    @property
+    def unsaved(self) -> list[_Chunk]:
+        """All that is copied, and the daemon did not confirm, oldest first."""
+        sent = [chunk for commit in self.commits for chunk in commit.chunks]
+        return [*sent, *self.filled, *([self.chunk] if self.chunk is not None else [])]
+
+    def rewind(self) -> list[_Chunk]:
+        """Forget what is unsaved, to copy it again. Returns it."""
+        unsaved = self.unsaved
+        if unsaved:
+            self.next_start = unsaved[0].start
+            del self.chunk_ids[self.next_start // self.chunk_tokens :]
+        self.commits, self.filled, self.chunk = [], [], None
+        return unsaved
+
+    def _parent(self, chunk: _Chunk) -> bytes:
+        return self.chunk_ids[chunk.start // self.chunk_tokens - 1] if chunk.start else ROOT
+
 
 class Saver:
-    """The saver's thread. Methods may be called from any thread but its own."""
+    """The saver's thread. Methods may be called from any thread but its own.
+
+    Requests to the daemon run on the event loop while the thread copies on, and wake it when they are answered.
+    """
 
     def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, observe: Callable[[int, float], None]) -> None:
         """observe: called with (tokens, seconds of copying) for every chunk committed."""
@@ -93,10 +171,9 @@ class Saver:
         self._observe = observe
         self._tasks: list[SaveTask] = []
         self._spare: list[Reservation] = []
-        self._wake = threading.Condition()
-        self._is_notified = False
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+        self._reserving: Future[list[Reservation]] | None = None
+        self._retry_s = 0.0  # after a failure the daemon is left alone until then
+        self._worker = Worker("saver", self._step_all, torch_threads=1)
 
     @property
     def backlog(self) -> int:
@@ -104,23 +181,17 @@ class Saver:
         return sum(task.final is not None for task in list(self._tasks))
 
     def start(self) -> None:
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self._thread.join(5.0)
+        self._worker.stop(5.0)
 
     def begin(self, task: SaveTask) -> None:
-        with self._wake:
-            self._tasks.append(task)
+        self._tasks.append(task)
 
     def notify(self) -> None:
         """Something was computed that could complete a chunk."""
-        with self._wake:
-            self._is_notified = True
-            self._wake.notify()
+        self._worker.notify()
 
     def finish(self, task: SaveTask, manifest: Manifest, on_end: Callable[[bool], None]) -> None:
         """The turn is over: save the rest, then `manifest` (without chunk ids; they are filled in).
@@ -139,45 +210,35 @@ class Saver:
 
     # -- the thread ---------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        torch.set_num_threads(1)
-        while True:
-            with self._wake:
-                if not self._is_notified and not self._stopping:
-                    waits_to_retry = any(task.final is not None for task in self._tasks)
-                    self._wake.wait(_RETRY_S if waits_to_retry else None)
-                if self._stopping:
-                    return
-                self._is_notified = False
-            self._step_all()
-
-    def _step_all(self) -> None:
-        # A frame of its own: no name of the waiting loop keeps a saved turn's memory from the next turn.
+    def _step_all(self) -> float | None:
         for task in list(self._tasks):
             if self._step(task):
-                with self._wake:
-                    self._tasks.remove(task)
-        if not self._tasks and len(self._spare) > _SPARE_SLOTS:
-            self._give_back()
+                self._tasks.remove(task)
+        if not self._tasks:
+            with contextlib.suppress(CachedAttentionError):
+                self._take_reserved()
+            if len(self._spare) > _SPARE_SLOTS:
+                spare, self._spare = self._spare[_SPARE_SLOTS:], self._spare[:_SPARE_SLOTS]
+                self._ask(self._store.unreserve(spare))
+        is_waiting = any(task.final is not None for task in self._tasks) or time.monotonic() < self._retry_s
+        return _RETRY_S if is_waiting else None
 
     def _step(self, task: SaveTask) -> bool:
         """Save what can be saved now. True: the task is over."""
-        if task.is_abandoned:
-            if task.chunk is not None:
-                self._spare.append(task.chunk.reservation)
-            return True
         saved = False
         try:
-            saved = self._advance(task)
-        except CachedAttentionError:
-            pass  # the daemon is away or full; tried again until the turn is given up
+            if not task.is_abandoned and time.monotonic() >= self._retry_s:
+                saved = self._advance(task)
+        except CachedAttentionError:  # the daemon is away or full; tried again until the turn is given up
+            self._retry_s = time.monotonic() + _RETRY_S
         except Exception:
             log.exception("saving failed")
             task.is_abandoned = True
-        gave_up = task.is_abandoned or (task.final is not None and time.monotonic() - task.final_s > _GIVE_UP_S)
-        if not saved and not gave_up:
+        gave_up = task.final is not None and time.monotonic() - task.final_s > _GIVE_UP_S
+        if not saved and not task.is_abandoned and not gave_up:
             return False
-        if not saved:
+        self._give_back(task.rewind())
+        if not saved and task.final is not None:
             log.warning("a turn was not saved", tokens=len(task.token_ids) - task.next_start)
         # The callback holds the task: without letting go of it, only the cycle collector would free the memory.
         on_end, task.on_end = task.on_end, _nobody
@@ -186,79 +247,127 @@ class Saver:
 
     @torch.inference_mode()
     def _advance(self, task: SaveTask) -> bool:
-        """Copy and commit as far as computed. True: all of it is in the store. Raises PeerError, CapacityError."""
-        chunk_tokens = self._store.geometry.chunk_tokens
-        end_of_turn = None if task.final is None else task.final.kv_tokens
-        while end_of_turn is None or task.next_start < end_of_turn:
-            start = task.next_start
-            end = start + chunk_tokens if end_of_turn is None else min(start + chunk_tokens, end_of_turn)
-            ready = sum(tokens >= end for tokens in task.computed)
-            if ready == 0:
+        """Copy and commit as far as computed. True: all of it is in the store.
+
+        Raises PeerError; CachedAttentionError: what was refused is to be copied again.
+        """
+        if any(chunk.reservation.session != self._store.session for chunk in task.unsaved):
+            self._give_back(task.rewind())  # the daemon forgot the slots
+        while True:
+            if self._take_answers(task):
+                return True
+            copied = self._copy_chunk(task)
+            if self._is_time_to_commit(task, is_copying=copied):
+                self._commit(task)
+            if not copied:
                 return False
-            if task.chunk is not None and task.chunk.reservation.session != self._store.session:
-                task.chunk = None  # the daemon forgot the slot: begin the chunk again
-            if task.chunk is None:
-                reservation = self._reserve(task)
-                if reservation is None:
-                    return False
-                task.chunk = _Chunk(reservation)
-            started = time.monotonic()
-            while task.chunk.layers < ready:
-                if not self._copy_layer(task, task.chunk, start, end):
-                    return False
-                task.chunk.layers += 1
-            if task.chunk.layers < task.kv.shape.layers:
+
+    def _copy_chunk(self, task: SaveTask) -> bool:
+        """Copy of the next chunk what is computed. False: it cannot be filled now."""
+        chunk = task.chunk
+        if chunk is None:
+            if task.is_copied or task.ready_layers(task.next_end) == 0:
                 return False
-            self._commit(task, task.chunk, start, end)
-            self._observe(end - start, time.monotonic() - started)
-        assert task.final is not None
-        self._ask(self._store.save_manifest(task.saved_manifest(task.final)))
+            reservation = self._reserve(task)
+            if reservation is None:
+                return False
+            # Its end stays, even if the turn ends before it: layers that were copied have as many tokens.
+            chunk = task.chunk = _Chunk(task.next_start, task.next_end, reservation)
+        ready = task.ready_layers(chunk.end)
+        if ready == chunk.layers:
+            return False
+        started = time.monotonic()
+        keys = as_bytes(task.raw.span(slice(chunk.layers, ready), chunk.start, chunk.end).cpu())
+        values = as_bytes(task.kv.values[chunk.layers : ready, chunk.start : chunk.end].cpu())
+        with self._store.writing(chunk.reservation) as arena:
+            if arena is None:
+                return False  # found void and begun again in the next step
+            for key, value in zip(keys, values, strict=True):
+                arena.write_layer(chunk.reservation.slot, chunk.layers, key, value)
+                chunk.layers += 1
+        chunk.copied_s += time.monotonic() - started
+        if chunk.layers < task.kv.shape.layers:
+            return False
+        task.fill(chunk)
         return True
 
     def _reserve(self, task: SaveTask) -> Reservation | None:
+        """An empty slot; None: it is asked for, or there is none. Raises PeerError."""
+        self._take_reserved()
         self._spare = [r for r in self._spare if r.session == self._store.session]
+        if not self._spare and (task.filled or time.monotonic() < self._retry_s):
+            return None  # what is filled is committed first: a full store has no slot to give before
+        to_copy = max(1, -(-(min(task.computed) - task.next_start) // task.chunk_tokens))
+        if self._reserving is None and len(self._spare) < to_copy:
+            # Those that are left are filled while the answer is on its way.
+            self._reserving = self._ask(self._store.reserve(to_copy + _SPARE_SLOTS - len(self._spare)))
+        return self._spare.pop() if self._spare else None
+
+    def _take_reserved(self) -> None:
+        """Take in the slots that were asked for, if the answer is there. Raises PeerError."""
+        if self._reserving is None or not self._reserving.done():
+            return
+        try:
+            self._spare += self._reserving.result()
+        finally:
+            self._reserving = None
         if not self._spare:
-            chunks_ahead = -(-(min(task.computed) - task.next_start) // self._store.geometry.chunk_tokens)
-            self._spare = self._ask(self._store.reserve(max(chunks_ahead, _SPARE_SLOTS)))
-        return self._spare.pop(0) if self._spare else None
+            self._retry_s = time.monotonic() + _RETRY_S
 
-    def _give_back(self) -> None:
-        spare, self._spare = self._spare[_SPARE_SLOTS:], self._spare[:_SPARE_SLOTS]
-        self._ask(self._store.unreserve(spare))
+    def _give_back(self, chunks: list[_Chunk]) -> None:
+        self._spare += [chunk.reservation for chunk in chunks if not chunk.was_told]
+        for chunk in chunks:
+            if chunk.was_told:  # taken back by the daemon, too, if it is not the daemon's own by now
+                self._ask(self._store.unreserve([chunk.reservation]))
 
-    def _copy_layer(self, task: SaveTask, chunk: _Chunk, start: int, end: int) -> bool:
-        """Copy one layer of a chunk into its slot. False: the slot is void."""
-        shape, layer, slot = task.kv.shape, chunk.layers, chunk.reservation.slot
-        with self._store.writing(chunk.reservation) as arena:
-            if arena is None:
-                task.chunk = None
-                return False
-            key, value = arena.layer(slot, layer, end - start)
-            as_tensor(key, shape.dtype, shape.kv_heads, shape.key_dim).copy_(task.raw.span(layer, start, end))
-            as_tensor(value, shape.dtype, shape.kv_heads, shape.value_dim).copy_(task.kv.values[layer, start:end])
-            arena.set_layer_ready(slot, layer, layer_checksum(key, value))
-        return True
+    def _is_time_to_commit(self, task: SaveTask, is_copying: bool) -> bool:
+        """One commit at a time, and while there is more to copy, a large one. The last one waits for nobody."""
+        if task.is_copied:
+            return not (task.commits and task.commits[-1].is_last)
+        if task.commits or not task.filled:
+            return False
+        filled_bytes = len(task.filled) * task.chunk_tokens * task.kv.shape.token_bytes
+        return not is_copying or filled_bytes >= _COMMIT_BYTES
 
-    def _commit(self, task: SaveTask, chunk: _Chunk, start: int, end: int) -> None:
-        parent = task.chunk_ids[-1] if task.chunk_ids else ROOT
-        tokens = task.token_ids[start:end]
-        identity = chunk_id(task.namespace, parent, tokens)
-        reservation = chunk.reservation
-        accepted = self._ask(
-            self._store.commit(
-                [
-                    CommittedChunk(
-                        reservation.slot, reservation.generation, identity, parent, task.namespace, end - start
-                    )
-                ]
-            )
-        )
-        task.chunk = None
-        if not accepted[0]:
-            raise CachedAttentionError("the store refused a chunk; it is saved again")
-        task.chunk_ids.append(identity)
-        task.next_start = end
+    def _commit(self, task: SaveTask) -> None:
+        manifest = task.saved_manifest(task.final) if task.final is not None and task.is_copied else None
+        chunks, task.filled = task.filled, []
+        for chunk in chunks:
+            chunk.was_told = True
+        accepted = self._ask(self._hand_over([task.committed(chunk) for chunk in chunks], manifest))
+        task.commits.append(_Commit(chunks, manifest is not None, accepted))
 
-    def _ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a request on the event loop and wait for it; it has a deadline of its own."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    async def _hand_over(self, chunks: list[CommittedChunk], manifest: Manifest | None) -> tuple[bool, ...]:
+        """Tell the daemon of chunks and, right behind them, of the context that they complete. Raises PeerError."""
+        requests: list[Coroutine[Any, Any, Any]] = []
+        if chunks:
+            requests.append(self._store.commit(chunks))
+        if manifest is not None:
+            requests.append(self._store.save_manifest(manifest))
+        answers = await asyncio.gather(*requests)
+        return answers[0] if chunks else ()
+
+    def _take_answers(self, task: SaveTask) -> bool:
+        """See what became of the commits. True: all is saved. Raises PeerError; CachedAttentionError: refused."""
+        while task.commits and task.commits[0].accepted.done():
+            try:
+                # No name of ours holds a future that raises: with the traceback and the task in it, that is a cycle.
+                accepted = task.commits[0].accepted.result()
+                for was_accepted in accepted:
+                    if not was_accepted:
+                        raise CachedAttentionError("the store refused a chunk")
+                    chunk = task.commits[0].chunks.pop(0)
+                    self._observe(chunk.end - chunk.start, chunk.copied_s)
+            except CachedAttentionError:
+                # What became of the rest nobody knows. Copied again, it is there twice for a moment at most.
+                self._give_back(task.rewind())
+                raise
+            if task.commits.pop(0).is_last:
+                return True
+        return False
+
+    def _ask(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a request on the event loop; it has a deadline of its own. The answer wakes this thread."""
+        answer = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        answer.add_done_callback(lambda _: self._worker.notify())
+        return answer

@@ -86,10 +86,10 @@ def _our_logits(model: DecoupledModel, shape: KvShape, tokens: torch.Tensor) -> 
 def _through_the_store(model: DecoupledModel, shape: KvShape, source: WorkingKv) -> WorkingKv:
     target = WorkingKv(Buffers(shape, 0), _TOKENS)
     target.begin(source.length, 0, _TOKENS)
-    table = model.rotary.span(0, source.length)
+    rotate = model.rotary.key_rotation(0, source.length, shape)
     for layer in range(shape.layers):
         raw = source.raw.span(layer, 0, source.length)
-        target.keys[layer, : source.length] = model.rotary.rotate_keys(raw, table)
+        rotate(raw, target.keys[layer, : source.length])
         target.values[layer, : source.length] = source.values[layer, : source.length]
         target.raw.span(layer, 0, source.length).copy_(raw)
     return target

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,9 +91,9 @@ class RawKeys:
         self._buffers = buffers
         self.keys = buffers.take(capacity, buffers.shape.key_dim)
 
-    def span(self, layer: int, start: int, end: int) -> torch.Tensor:
-        """The keys of positions start..end-1.  # [end - start, kv_heads, key_dim], a view"""
-        return self.keys[layer, start - self.base : end - self.base]
+    def span(self, layers: int | slice, start: int, end: int) -> torch.Tensor:
+        """The keys of positions start..end-1.  # [(layers,) end - start, kv_heads, key_dim], a view"""
+        return self.keys[layers, start - self.base : end - self.base]
 
     def grow(self, capacity: int) -> None:
         if capacity > self.keys.shape[1]:
@@ -191,6 +192,16 @@ def _round_up(tokens: int) -> int:
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
+
+
+def as_bytes(part: torch.Tensor) -> Any:
+    """KV as the bytes of each layer, a view.  # [layers, tokens, kv_heads, dim] -> [layers, bytes] uint8
+
+    On the CPU a numpy array, which copies at memcpy's speed and is cut in a tenth of a tensor's time; else a tensor.
+    Both are indexed and assigned alike.
+    """
+    layers = part.view(torch.uint8).flatten(1)
+    return layers.numpy() if part.device.type == "cpu" else layers
 
 
 @dataclass(frozen=True)

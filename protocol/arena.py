@@ -23,7 +23,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from enum import IntEnum
@@ -42,6 +42,8 @@ LAYOUT_VERSION = 2
 PAGE_BYTES = mmap.PAGESIZE
 _HEADER = struct.Struct("<8sIIQQQQQQQ16s16s")
 _PAGE_FAULTS_AT_ONCE = 64 * 1024 * 1024
+# Copied, then hashed while it is in the CPU's second-level cache (1 MiB and up). Measured: docs/experiments.md.
+_BLOCK_BYTES = 256 * 1024
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -117,7 +119,11 @@ _FIXED_FIELDS = (
 )
 _FIXED_BYTES = 96
 _ID_FIELDS = ("owner", "chunk_id", "parent_id", "namespace")
-_VIEWS = ("_table", "_data", "_generation", "_state", "_ready", "_tokens", "_seal", "_checksums", "_ids", "_sealed")
+_VIEWS = (
+    *("_table", "_data", "keys", "values", "_words", "_generation", "_state", "_ready", "_tokens", "_seal"),
+    *("_checksums", "_ids", "_sealed"),
+)
+_IDENTITY_WORDS = (0, 6, 7)  # an entry as 8-byte words: generation and chunk id
 _SEALED_FROM = 48  # all ids but the owner's, and the checksums behind them
 
 
@@ -141,6 +147,12 @@ class Arena:
         entry = _entry_dtype(geometry)
         self._table = np.frombuffer(mapped, dtype=entry, count=slots, offset=PAGE_BYTES)
         self._data = np.frombuffer(mapped, dtype=np.uint8, offset=_data_offset(geometry, slots))
+        layers = self._data.reshape(slots, geometry.layers, geometry.layer_bytes)
+        key_bytes = geometry.chunk_tokens * geometry.key_bytes
+        # The data as it is read and written  # each [slots, layers, chunk_tokens * key_bytes | value_bytes] uint8
+        self.keys: Bytes = layers[:, :, :key_bytes]
+        self.values: Bytes = layers[:, :, key_bytes : key_bytes + geometry.chunk_tokens * geometry.value_bytes]
+        self._words = np.frombuffer(mapped, "<u8", count=slots * geometry.entry_bytes // 8, offset=PAGE_BYTES)
         self._generation = self._table["generation"]
         self._state = self._table["state"]
         self._ready = self._table["ready_layers"]
@@ -321,11 +333,9 @@ class Arena:
     def layer(self, slot: int, layer: int, tokens: int) -> tuple[Bytes, Bytes]:
         """Views of the first `tokens` tokens' keys and values of one layer. # each [tokens * key_bytes] uint8"""
         geometry = self.geometry
-        start = slot * geometry.slot_bytes + layer * geometry.layer_bytes
-        values = start + geometry.chunk_tokens * geometry.key_bytes
         return (
-            self._data[start : start + tokens * geometry.key_bytes],
-            self._data[values : values + tokens * geometry.value_bytes],
+            self.keys[slot, layer, : tokens * geometry.key_bytes],
+            self.values[slot, layer, : tokens * geometry.value_bytes],
         )
 
     def layers(self, slot: int, layers: range) -> Bytes:
@@ -334,6 +344,19 @@ class Arena:
         return self._data[
             start + layers.start * self.geometry.layer_bytes : start + layers.stop * self.geometry.layer_bytes
         ]
+
+    def write_layer(self, slot: int, layer: int, key: Bytes, value: Bytes) -> None:
+        """Writer only: copy a layer's keys and values in and make it ready, in one pass over memory.
+
+        The checksum is of what there was to copy, so that a copy that went wrong is found like any other damage.
+        """
+        checksum = xxhash.xxh3_64()
+        for target, source in ((self.keys[slot, layer], key), (self.values[slot, layer], value)):
+            for start in range(0, len(source), _BLOCK_BYTES):
+                block = source[start : start + _BLOCK_BYTES]
+                target[start : start + len(block)] = block
+                checksum.update(block.data)
+        self.set_layer_ready(slot, layer, checksum.intdigest())
 
     def wipe(self, slot: int) -> None:
         """Front only, for a slot that nobody else reads or writes: overwrite all of it with zeros, checksums too."""
@@ -369,8 +392,30 @@ class Arena:
         self._ids[name][slot] = np.void(value)
 
 
+class HeldSlots:
+    """Slots as a lease said they are, looked at all at once. Safe from any thread."""
+
+    def __init__(self, arena: Arena, held: Sequence[tuple[int, int, bytes]]) -> None:
+        """held: slot, generation, chunk id."""
+        words_per_entry = arena.geometry.entry_bytes // 8
+        self._words = arena._words
+        self._ready = arena._ready
+        self._layers = arena.geometry.layers
+        self._slots = np.array([slot for slot, _, _ in held], dtype=np.intp)
+        self._places = np.add.outer(self._slots * words_per_entry, _IDENTITY_WORDS)
+        self._identity = b"".join(generation.to_bytes(8, "little") + chunk_id for _, generation, chunk_id in held)
+
+    def are_current(self) -> bool:
+        """Whether every slot still holds what the lease said. Ask before *and* after copying."""
+        return self._words.take(self._places).tobytes() == self._identity
+
+    def ready_layers(self) -> int:
+        """How many layers are there of each. Counts once `are_current` was asked after it."""
+        return int(self._ready[self._slots].min(initial=self._layers))
+
+
 def layer_checksum(key: Bytes, value: Bytes) -> int:
-    """xxh3-64 over a layer's keys, then values: 0.07 of a memory copy's time."""
+    """xxh3-64 over a layer's keys, then values."""
     state = xxhash.xxh3_64(key.data)
     state.update(value.data)
     return state.intdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import shutil
 import tempfile
 import threading
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.stack import Stack
 from inference.preload import Loader, LoadTask
-from inference.rotary import Rotary
+from inference.rotary import KeyRotation, Rotary
 from inference.save import Saver, SaveTask
 from inference.store import Lease, Store
 from inference.working_kv import Buffers, KvShape, WorkingKv
@@ -48,18 +49,21 @@ def geometry_of(shape: KvShape) -> Geometry:
     )
 
 
-def rotary_of(shape: KvShape, max_context: int) -> Rotary:
-    """Llama's rotation, as the engine applies it to keys that it loads."""
+def rotary_of(shape: KvShape, max_context: int, kind: type[Rotary]) -> Rotary:
+    """Llama's rotation, as the engine applies it to keys that it loads, or a stand-in for it."""
     frequencies = 1e4 ** (-torch.arange(0, shape.key_dim, 2).float() / shape.key_dim)
     angles = torch.outer(torch.arange(max_context).float(), frequencies).repeat(1, 2)
-    return Rotary(apply_rotary_pos_emb, angles.cos().to(shape.dtype), angles.sin().to(shape.dtype))
+    return kind(apply_rotary_pos_emb, angles.cos().to(shape.dtype), angles.sin().to(shape.dtype))
 
 
 class Unrotated(Rotary):
     """Hands keys over as they are stored: what a load costs without the arithmetic on it."""
 
-    def rotate_keys(self, key: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return key
+    def key_rotation(self, start: int, end: int, shape: KvShape) -> KeyRotation:
+        def hand_over(key: torch.Tensor, out: torch.Tensor) -> None:
+            ctypes.memmove(out.data_ptr(), key.data_ptr(), key.nbytes)
+
+        return hand_over
 
 
 @dataclass
@@ -87,10 +91,9 @@ class EngineSide:
         self._thread.start()
         self.store: Store = self.ask(self._make_store(run_dir))
         self.ask(self.store.start(_ASK_S))
-        rotary = rotary_of(shape, max_context)
-        self.loader = Loader(rotary, lambda: None)
+        self.loader = Loader(rotary_of(shape, max_context, Rotary), lambda: None)
         self.loader.start()
-        self.mover = Loader(Unrotated(apply_rotary_pos_emb, *(t[0] for t in rotary.span(0, max_context))), lambda: None)
+        self.mover = Loader(rotary_of(shape, max_context, Unrotated), lambda: None)
         self.mover.start()
         self.saver = Saver(self.store, self._loop, lambda tokens, seconds: None)
         self.saver.start()
@@ -146,7 +149,7 @@ class EngineSide:
             ended.set()
 
         nothing = np.zeros(0, dtype=np.uint32)
-        task = SaveTask(kv, self.namespace, nothing, context.token_ids.tolist(), CHUNK_TOKENS)
+        task = SaveTask(kv, self.namespace, nothing, context.token_ids, CHUNK_TOKENS)
         manifest = Manifest(new_id(), self.namespace, pack_tokens(context.token_ids), "", (), context.tokens)
         started = time.perf_counter()
         self.saver.begin(task)

@@ -6,8 +6,8 @@ DONTNEED), and what the worker then reads from the device is counted: it must be
 is a file read with O_DIRECT in pieces of one layer, one at a time.
 
 Write-behind: contexts are saved into DRAM; the clock runs from the first save until nothing waits to be written. Its
-neighbours are a file written with O_DIRECT in pieces of one layer, one at a time: anew, for chunks go to space where the
-file system has no blocks yet, and over what is there, which no store can do with chunks that come for the first time.
+neighbours are a file written with O_DIRECT in pieces of one layer, one at a time: anew, for chunks go to space where
+the file system has no blocks yet, and over what is there, which no store can do with chunks that are new to it.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from inference.preload import Loader, LoadFailed, LoadTask, as_tensor
+from inference.preload import Loader, LoadFailed, LoadTask
 from inference.rotary import Rotary
-from inference.working_kv import Buffers, KvShape, WorkingKv
-from protocol.arena import Arena, Geometry, SlotState, layer_checksum
+from inference.working_kv import Buffers, KvShape, WorkingKv, as_bytes
+from protocol.arena import Arena, Geometry, SlotState
 from protocol.messages import SlotRef
 
 LAYERS, HEADS, DIM, CHUNK = 4, 2, 8, 16
@@ -51,10 +51,8 @@ class Bench:
         return SlotRef(slot, generation, identity, tokens, "dram", verify)
 
     def fill(self, slot: int, layer: int) -> None:
-        key, value = self.arena.layer(slot, layer, self.keys[slot].shape[1])
-        as_tensor(key, torch.float32, HEADS, DIM).copy_(self.keys[slot][layer])
-        as_tensor(value, torch.float32, HEADS, DIM).copy_(self.values[slot][layer])
-        self.arena.set_layer_ready(slot, layer, layer_checksum(key, value))
+        keys, values = as_bytes(self.keys[slot]), as_bytes(self.values[slot])
+        self.arena.write_layer(slot, layer, keys[layer], values[layer])
 
     def task(
         self, chunks: list[SlotRef], history: int, *, deadline_s: float = WAIT_S
@@ -84,9 +82,11 @@ def test_history_is_rotated_to_its_positions(bench: Bench, history: int) -> None
     refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
     kv = bench.load(refs, history).kv
     raw = torch.cat(bench.keys, dim=1)[:, :history]
-    table = bench.rotary.span(0, history)
+    table = bench.rotary.at(torch.arange(history))
     for layer in range(LAYERS):
-        assert torch.equal(kv.keys[layer, :history], bench.rotary.rotate_keys(raw[layer], table))
+        heads_first = raw[layer].transpose(0, 1).unsqueeze(0)
+        _, rotated = apply_rotary_pos_emb(heads_first, heads_first, *table)
+        assert torch.equal(kv.keys[layer, :history], rotated[0].transpose(0, 1))
         assert torch.equal(kv.values[layer, :history], torch.cat(bench.values, dim=1)[layer, :history])
         base = kv.raw.base
         assert torch.equal(kv.raw.span(layer, base, history), raw[layer, base:])

@@ -21,6 +21,7 @@ from protocol.arena import (
     Arena,
     ClientLock,
     Geometry,
+    HeldSlots,
     SlotState,
     client_is_alive,
     exclusive,
@@ -301,6 +302,48 @@ def test_a_partial_chunk_is_checked_over_its_own_tokens(arena: Arena) -> None:
     fill(arena, 2, 0, 3, tokens=5)
     assert arena.verify_layer(2, 0, 5)
     assert not arena.verify_layer(2, 0, 6)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
+def test_a_layer_is_written_and_checksummed_in_one_pass(run_dir: Path, tokens: int) -> None:
+    """Blocks, part of a block, and both: bytes and checksum are those of the whole, and nothing else is touched."""
+    arena = Arena.create(run_dir / "arena", Geometry(2, key_bytes=2048, value_bytes=1024, chunk_tokens=300), 4 << 20)
+    noise = np.random.default_rng(0)
+    key, value = (noise.integers(0, 256, tokens * each, dtype=np.uint8) for each in (2048, 1024))
+    arena.write_layer(1, 0, key, value)
+    written_key, written_value = arena.layer(1, 0, 300)
+    assert np.array_equal(written_key[: len(key)], key)
+    assert np.array_equal(written_value[: len(value)], value)
+    assert not written_key[len(key) :].any()
+    assert not written_value[len(value) :].any()
+    assert arena.ready_layers(1) == 1
+    assert arena.checksum(1, 0) == layer_checksum(key, value)
+    assert arena.verify_layer(1, 0, tokens)
+    arena.close()
+
+
+def test_held_slots_are_looked_at_together(arena: Arena) -> None:
+    """One slot that changed hands is enough; the slowest says how many layers are there."""
+    held = []
+    for slot in (2, 0):
+        generation = arena.take(slot, SlotState.LOADING, bytes(16))
+        identity = new_id()
+        arena.set_identity(slot, identity, new_id(), new_id(), 16)
+        held.append((slot, generation, identity))
+    slots = HeldSlots(arena, held)
+    assert slots.are_current()
+    assert slots.ready_layers() == 0
+    fill(arena, 2, 0, 1)
+    assert slots.ready_layers() == 0
+    fill(arena, 0, 0, 1)
+    fill(arena, 0, 1, 1)
+    assert slots.ready_layers() == 1
+    arena.set_identity(0, new_id(), new_id(), new_id(), 16)
+    assert not slots.are_current()
+    arena.set_identity(0, held[1][2], new_id(), new_id(), 16)
+    assert slots.are_current()
+    arena.free(2)
+    assert not slots.are_current()
 
 
 def test_a_checksum_tells_keys_from_values() -> None:
