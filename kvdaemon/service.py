@@ -328,7 +328,7 @@ class KvDaemon:
 
     # -- requests -------------------------------------------------------------------------------------------
 
-    async def _acquire(self, call: Call, request: Acquire) -> Acquired:
+    def _acquire(self, call: Call, request: Acquire) -> Acquired:
         is_turn = call.peer.role != "cli"  # an export is none
         if is_turn:
             partial = () if request.partial_id is None else (request.partial_id,)
@@ -341,19 +341,19 @@ class KvDaemon:
             self.prefetcher.look()
         return reply
 
-    async def _release(self, call: Call, request: Release) -> Ack:
+    def _release(self, call: Call, request: Release) -> Ack:
         self.store.release(self._opened_by(call), request.lease_id)
         self.prefetcher.look()
         return Ack()
 
-    async def _reserve(self, call: Call, request: Reserve) -> Reserved:
+    def _reserve(self, call: Call, request: Reserve) -> Reserved:
         return Reserved(tuple(self.store.reserve(self._opened_by(call), request.count)))
 
-    async def _unreserve(self, call: Call, request: Unreserve) -> Ack:
+    def _unreserve(self, call: Call, request: Unreserve) -> Ack:
         self.store.unreserve(self._opened_by(call), request.slots)
         return Ack()
 
-    async def _commit(self, call: Call, request: Commit) -> Committed:
+    def _commit(self, call: Call, request: Commit) -> Committed:
         accepted = self.store.commit(self._opened_by(call), request.chunks)
         if self.write_behind is not None:
             self.write_behind.look()
@@ -381,7 +381,7 @@ class KvDaemon:
         await self.manifests.save(request.manifest, _MANIFEST_WAIT_S)
         return Ack()
 
-    async def _queue_order(self, call: Call, request: QueueOrder) -> Ack:
+    def _queue_order(self, call: Call, request: QueueOrder) -> Ack:
         self.prefetcher.follow(request.turn_keys)
         return Ack()
 
@@ -391,7 +391,7 @@ class KvDaemon:
             self.store.expected(reply.manifest, request.in_s)
         return Ack()
 
-    async def _get_status(self, call: Call, request: GetStatus) -> StoreStatus:
+    def _get_status(self, call: Call, request: GetStatus) -> StoreStatus:
         problem = self._problem()
         return StoreStatus(
             "degraded" if problem else "ok",
@@ -414,7 +414,7 @@ class KvDaemon:
     async def _list_manifests(self, call: Call, request: ListManifests) -> ManifestPage:
         return await self.catalog.page(request.after, request.limit_bytes)
 
-    async def _locate_chunks(self, call: Call, request: LocateChunks) -> ChunkPlaces:
+    def _locate_chunks(self, call: Call, request: LocateChunks) -> ChunkPlaces:
         return ChunkPlaces(tuple(self.catalog.locate(chunk_id) for chunk_id in request.chunk_ids))
 
     async def _scrub_store(self, call: Call, request: ScrubStore) -> ScrubReport:

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import ipaddress
 import itertools
 import logging
 import socket as sockets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from protocol import PROTOCOL_VERSION
@@ -40,6 +42,7 @@ from protocol.errors import (
     to_wire,
 )
 from protocol.ids import new_id
+from protocol.loop_socket import LoopSocket
 from protocol.messages import Ack, Hello, Ping, Welcome
 
 log = logging.getLogger("rpc")
@@ -85,7 +88,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _configure(socket: zmq.asyncio.Socket, curve: Curve | None, *, server: bool) -> None:
+def _configure(socket: zmq.Socket[bytes], curve: Curve | None, *, server: bool) -> None:
     socket.linger = 0
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, _DEAD_AFTER_MS)
@@ -131,19 +134,25 @@ class Peer:
     client_id: bytes
     heartbeat_s: float
     last_seen_s: float
-    calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    calls: dict[int, asyncio.Task[Any]] = field(default_factory=dict)  # that wait for something
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One request being handled: who asked, and the way to stream parts of the reply."""
 
     peer: Peer
-    deadline_s: float  # monotonic; after it nobody waits any more
-    send: Callable[[Any], Awaitable[None]]
+    correlation: int
+    started_s: float  # monotonic, as the deadline
+    deadline_s: float  # after it nobody waits any more
+    _reply: Callable[[bytes, Frame], None]
+
+    async def send(self, part: Any) -> None:
+        """Raises PeerProtocolError: too large."""
+        self._reply(self.peer.identity, Frame("part", self.correlation, part))
 
 
-Handler = Callable[[Call, Any], Awaitable[Any]]
+Handler = Callable[[Call, Any], Any]
 
 
 @dataclass
@@ -158,9 +167,9 @@ class RpcStats:
 class RpcServer:
     """A ROUTER that answers typed requests.
 
-    handlers: message type -> async function (call, message) that returns the final reply. A handler may stream
-    with `call.send`; it is cancelled when the client cancels, dies or falls silent, and an error that it raises
-    becomes the failed final reply.
+    handlers: message type -> function (call, message) that returns the final reply; an error that it raises becomes
+    the failed final reply. One that has to wait is a coroutine function: it may stream with `call.send`, and is
+    cancelled when the client cancels, dies or falls silent. Handlers begin in the order in which requests come.
     on_peer_lost: called once for a client process that fell silent, not for one that only reconnected.
     observe: called with (name of the request's type, seconds) after every request.
     """
@@ -185,8 +194,8 @@ class RpcServer:
         self._on_peer_lost = on_peer_lost
         self._observe = observe
         self._peers: dict[bytes, Peer] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._socket: zmq.asyncio.Socket | None = None
+        self._reaper: asyncio.Task[None] | None = None
+        self._socket: LoopSocket | None = None
 
     @property
     def peers(self) -> list[Peer]:
@@ -196,7 +205,7 @@ class RpcServer:
         """Bind and serve. Raises ConfigError: the endpoint is taken or cannot be made."""
         if self.endpoint.startswith("ipc://") and _is_served(self.endpoint.removeprefix("ipc://")):
             raise ConfigError(f"cannot listen on {self.endpoint}: another process does")
-        socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         _configure(socket, self._curve, server=True)
         socket.set(zmq.ROUTER_HANDOVER, 1)
         try:
@@ -206,52 +215,46 @@ class RpcServer:
             raise ConfigError(f"cannot listen on {self.endpoint}: {error.strerror}") from error
         if self.endpoint.startswith("ipc://"):
             Path(self.endpoint.removeprefix("ipc://")).chmod(0o600)
-        self._socket = socket
-        self._spawn(self._receive())
-        self._spawn(self._reap_silent_peers())
+        self._socket = LoopSocket(socket, self._receive)
+        self._reaper = asyncio.ensure_future(self._reap_silent_peers())
+        self._reaper.add_done_callback(_report_failure)
 
     async def stop(self) -> None:
         """Accept nothing more, cancel what runs, each with its final reply, then close the socket."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.stop_reading()
         calls = [task for peer in self._peers.values() for task in peer.calls.values()]
         for task in calls:
             task.cancel()
         if calls:
             await asyncio.wait(calls, timeout=2.0)
+            await asyncio.sleep(0)  # those that had ended by themselves send their final replies now
         if self._socket is not None:
-            self._socket.close(linger=200)
+            self._socket.close(linger_ms=200)
             self._socket = None
             if self.endpoint.startswith("ipc://"):  # one that never bound may be another server's
                 Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(_report_failure)
+    def _receive(self, parts: list[bytes]) -> None:
+        if len(parts) != 2:
+            self.stats.rejected_frames += 1
+            return
+        identity, data = parts
+        peer = self._peers.get(identity)
+        if peer is not None:
+            peer.last_seen_s = time.monotonic()
+        try:
+            self._accept(identity, peer, decode(data))
+        except PeerProtocolError as error:
+            self.stats.rejected_frames += 1
+            correlation = correlation_of(data)
+            if correlation is not None:
+                self._reply(identity, Frame("err", correlation, to_wire(error)))
 
-    async def _receive(self) -> None:
-        assert self._socket is not None
-        while True:
-            parts = await self._socket.recv_multipart()
-            if len(parts) != 2:
-                self.stats.rejected_frames += 1
-                continue
-            identity, data = parts
-            peer = self._peers.get(identity)
-            if peer is not None:
-                peer.last_seen_s = time.monotonic()
-            try:
-                frame = decode(data)
-                await self._accept(identity, peer, frame)
-            except PeerProtocolError as error:
-                self.stats.rejected_frames += 1
-                correlation = correlation_of(data)
-                if correlation is not None:
-                    await self._reply(identity, Frame("err", correlation, to_wire(error)))
-
-    async def _accept(self, identity: bytes, peer: Peer | None, frame: Frame) -> None:
+    def _accept(self, identity: bytes, peer: Peer | None, frame: Frame) -> None:
         if frame.kind == "cancel":
             task = peer.calls.get(frame.correlation) if peer is not None else None
             if task is not None:
@@ -260,26 +263,22 @@ class RpcServer:
         if frame.kind != "req":
             raise PeerProtocolError(f"a client sends requests, not {frame.kind!r}")
         if isinstance(frame.body, Hello):
-            await self._hello(identity, frame.correlation, frame.body)
+            self._hello(identity, frame.correlation, frame.body)
             return
         if peer is None:
             # Also the state after our restart: the client still knows a server that we are not.
             raise PeerProtocolError("say hello first")
         if isinstance(frame.body, Ping):
-            await self._reply(identity, Frame("end", frame.correlation, Ack()))
+            self._reply(identity, Frame("end", frame.correlation, Ack()))
             return
         handler = self._handlers.get(type(frame.body))
         if handler is None:
             raise PeerProtocolError(f"{self._service} does not answer {type(frame.body).__name__}")
         if frame.correlation in peer.calls:
             raise PeerProtocolError(f"correlation id {frame.correlation} is in use")
-        task = asyncio.ensure_future(self._handle(peer, frame, handler))
-        peer.calls[frame.correlation] = task
-        # Give it its first step before the next frame is read: a task cancelled before that would never run at
-        # all, and its request would get no final reply.
-        await asyncio.sleep(0)
+        self._handle(peer, frame, handler)
 
-    async def _hello(self, identity: bytes, correlation: int, hello: Hello) -> None:
+    def _hello(self, identity: bytes, correlation: int, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
             raise PeerProtocolError(
                 f"{self._service} speaks protocol version {PROTOCOL_VERSION}, the peer {hello.protocol_version}"
@@ -297,41 +296,54 @@ class RpcServer:
             if other.client_id == hello.client_id and other.identity != identity:
                 self._drop(other)  # the same process on its new connection: its old calls have no reader
         welcome = Welcome(PROTOCOL_VERSION, self._service, self.epoch)
-        await self._reply(identity, Frame("end", correlation, welcome))
+        self._reply(identity, Frame("end", correlation, welcome))
 
-    async def _handle(self, peer: Peer, frame: Frame, handler: Handler) -> None:
-        async def send(part: Any) -> None:
-            await self._reply(peer.identity, Frame("part", frame.correlation, part))
-
-        started = time.monotonic()
-        deadline_s = started + (frame.deadline_ms or 60_000) / 1e3
+    def _handle(self, peer: Peer, frame: Frame, handler: Handler) -> None:
+        started_s = time.monotonic()
+        deadline_s = started_s + (frame.deadline_ms or 60_000) / 1e3
+        call = Call(peer, frame.correlation, started_s, deadline_s, self._reply)
         self.stats.requests += 1
         try:
-            reply = await handler(Call(peer, deadline_s, send), frame.body)
-            final = encode(Frame("end", frame.correlation, reply))
-        except asyncio.CancelledError:
-            final = encode(Frame("err", frame.correlation, to_wire(Cancelled("cancelled"))))
+            reply = handler(call, frame.body)
+        except Exception as error:
+            reply = error
+        if inspect.iscoroutine(reply):
+            task = peer.calls[frame.correlation] = asyncio.ensure_future(reply)
+            # A callback, because a task that is cancelled before its first step runs nothing of its own.
+            task.add_done_callback(functools.partial(self._ended, call, frame.body))
+        else:
+            self._finish(call, frame.body, reply)
+
+    def _ended(self, call: Call, request: Any, task: asyncio.Task[Any]) -> None:
+        del call.peer.calls[call.correlation]
+        error = Cancelled("cancelled") if task.cancelled() else task.exception()
+        self._finish(call, request, task.result() if error is None else error)
+
+    def _finish(self, call: Call, request: Any, outcome: Any) -> None:
+        """Send the final reply: a message, or an error."""
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            final = encode(Frame("end", call.correlation, outcome))
         except Exception as error:  # the edge: whatever failed becomes this request's final reply
-            self.stats.failures += 1
+            self.stats.failures += not isinstance(error, Cancelled)
             wire = to_wire(error)
             if wire["code"] == "internal_error":
-                log.exception("%s failed", type(frame.body).__name__)
-            final = encode(Frame("err", frame.correlation, wire))
-        # From here on nothing can cancel this request: what was decided is what is sent.
-        del peer.calls[frame.correlation]
-        await self._send(peer.identity, final)
+                log.exception("%s failed", type(request).__name__)
+            final = encode(Frame("err", call.correlation, wire))
+        self._send(call.peer.identity, final)
         if self._observe is not None:
-            self._observe(type(frame.body).__name__, time.monotonic() - started)
+            self._observe(type(request).__name__, time.monotonic() - call.started_s)
 
-    async def _reply(self, identity: bytes, frame: Frame) -> None:
-        await self._send(identity, encode(frame))
+    def _reply(self, identity: bytes, frame: Frame) -> None:
+        self._send(identity, encode(frame))
 
-    async def _send(self, identity: bytes, data: bytes) -> None:
+    def _send(self, identity: bytes, data: bytes) -> None:
         if self._socket is None:
             return
         # A ROUTER drops what it cannot route; a peer that is gone is noticed by silence.
         with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart((identity, data))
+            self._socket.send(identity, data)
 
     async def _reap_silent_peers(self) -> None:
         while True:
@@ -361,9 +373,42 @@ class Ask(Protocol):
     async def __call__(self, message: Any, expect: type[M], timeout_s: float) -> M: ...
 
 
-@dataclass
-class _Pending:
-    replies: asyncio.Queue[Frame | Exception] = field(default_factory=asyncio.Queue)
+class _Replies:
+    """What came for one request and was not taken yet: frames, or what broke the connection."""
+
+    __slots__ = ("_came", "_waiter")
+
+    def __init__(self) -> None:
+        self._came: deque[Frame | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, reply: Frame | Exception) -> None:
+        self._came.append(reply)
+        if self._waiter is not None:
+            _wake(self._waiter)
+
+    async def take(self, wait_s: float) -> Frame:
+        """The next frame. Raises TimeoutError, or what broke the connection. One waits at a time."""
+        if not self._came:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(max(0.0, wait_s), _wake, self._waiter)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if not self._came:
+                raise TimeoutError
+        reply = self._came.popleft()
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class RpcClient:
@@ -392,13 +437,14 @@ class RpcClient:
         self._curve = curve
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, _Replies] = {}
         self._correlations = itertools.count(1)
         self._ready = asyncio.Event()
         self._transport_up = endpoint.startswith("inproc://")  # which has no events, and no way to break
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._monitor: zmq.asyncio.Socket | None = None
+        self._talking: asyncio.Task[None] | None = None
+        self._breaking: asyncio.TimerHandle | None = None
+        self._socket: LoopSocket | None = None
+        self._monitor: LoopSocket | None = None
         self._wake = asyncio.Event()  # the transport connected or broke: the session looks again
 
     @property
@@ -408,20 +454,18 @@ class RpcClient:
 
     async def start(self) -> None:
         """Begin to connect, and go on for ever. Returns at once; see wait_connected."""
-        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         _configure(socket, self._curve, server=False)
         socket.set(zmq.RECONNECT_IVL, 50)
         socket.set(zmq.RECONNECT_IVL_MAX, 500)
         # Not zmq.IMMEDIATE: with it, replies that we have not read yet are dropped when the server goes away.
-        # `_transmit_bytes` is what keeps requests from queueing for a server that is not there.
+        # `_transmit` is what keeps requests from queueing for a server that is not there.
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        assert monitor is not None
-        self._socket, self._monitor = socket, monitor
+        self._monitor = LoopSocket(monitor, self._transport_changed)
+        self._socket = LoopSocket(socket, self._receive)
         socket.connect(self.endpoint)
-        for coroutine in (self._receive(), self._watch(), self._session()):
-            task = asyncio.ensure_future(coroutine)
-            self._tasks.add(task)
-            task.add_done_callback(_report_failure)
+        self._talking = asyncio.ensure_future(self._session())
+        self._talking.add_done_callback(_report_failure)
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises PeerUnavailable: no hello answered in time; the text says what stood against it."""
@@ -434,15 +478,17 @@ class RpcClient:
             ) from None
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._talking is not None:
+            self._talking.cancel()
+            await asyncio.gather(self._talking, return_exceptions=True)
+        if self._breaking is not None:
+            self._breaking.cancel()
         self._fail_all(PeerUnavailable(f"{self.endpoint}: closed"))
         self._ready.clear()
         if self._socket is not None and self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close(linger=0)
+            self._socket.socket.disable_monitor()
+            self._monitor.close()
+            self._socket.close()
             self._socket = self._monitor = None
 
     async def request(self, message: Any, expect: type[M], timeout_s: float) -> M:
@@ -462,13 +508,13 @@ class RpcClient:
         """
         if not self._ready.is_set():
             raise PeerUnavailable(f"{self.endpoint} is not connected {self.last_error}".strip())
-        correlation, pending = await self._send(message, timeout_s)
+        correlation, replies = self._send(message, timeout_s)
         deadline = time.monotonic() + timeout_s
         finished = False
         try:
             while True:
                 wait_s = min(idle_timeout_s, deadline - time.monotonic())
-                frame = await self._next(pending, wait_s, message)
+                frame = await self._next(replies, wait_s, message)
                 finished = frame.kind in ("end", "err")
                 if frame.kind == "err":
                     raise _error(frame)
@@ -478,16 +524,16 @@ class RpcClient:
         finally:
             self._pending.pop(correlation, None)
             if not finished:
-                await self._transmit(Frame("cancel", correlation))
+                self._cancel(correlation)
 
     # -- inside -------------------------------------------------------------------------------------------
 
     async def _request(self, message: Any, expect: type[M], timeout_s: float) -> M:
-        correlation, pending = await self._send(message, timeout_s)
+        correlation, replies = self._send(message, timeout_s)
         try:
-            frame = await self._next(pending, timeout_s, message)
+            frame = await self._next(replies, timeout_s, message)
         except (PeerTimeout, asyncio.CancelledError):
-            await self._transmit(Frame("cancel", correlation))
+            self._cancel(correlation)
             raise
         finally:
             self._pending.pop(correlation, None)
@@ -497,78 +543,64 @@ class RpcClient:
             raise PeerProtocolError(f"{type(message).__name__} was answered by {type(frame.body).__name__}")
         return frame.body
 
-    async def _send(self, message: Any, timeout_s: float) -> tuple[int, _Pending]:
+    def _send(self, message: Any, timeout_s: float) -> tuple[int, _Replies]:
         correlation = next(self._correlations)
-        pending = _Pending()
-        self._pending[correlation] = pending
-        data = encode(Frame("req", correlation, message, max(1, int(timeout_s * 1e3))))
-        try:
-            await self._transmit_bytes(data)
-        except PeerUnavailable:
-            self._pending.pop(correlation, None)
-            raise
-        return correlation, pending
+        self._transmit(Frame("req", correlation, message, max(1, int(timeout_s * 1e3))))
+        replies = self._pending[correlation] = _Replies()
+        return correlation, replies
 
-    async def _transmit(self, frame: Frame) -> None:
+    def _cancel(self, correlation: int) -> None:
         with contextlib.suppress(PeerUnavailable):
-            await self._transmit_bytes(encode(frame))
+            self._transmit(Frame("cancel", correlation))
 
-    async def _transmit_bytes(self, data: bytes) -> None:
+    def _transmit(self, frame: Frame) -> None:
+        data = encode(frame)
         if self._socket is None:
             raise PeerUnavailable(f"{self.endpoint}: closed")
         if not self._transport_up:
             raise PeerUnavailable(f"{self.endpoint}: nobody answers there")
         try:
-            await self._socket.send(data, flags=zmq.NOBLOCK)
+            self._socket.send(data)
         except zmq.ZMQError as error:  # EAGAIN: the server reads nothing
             raise PeerUnavailable(f"{self.endpoint}: {error.strerror}") from error
 
-    async def _next(self, pending: _Pending, wait_s: float, message: Any) -> Frame:
+    async def _next(self, replies: _Replies, wait_s: float, message: Any) -> Frame:
         try:
-            async with asyncio.timeout(max(0.0, wait_s)):
-                reply = await pending.replies.get()
+            return await replies.take(wait_s)
         except TimeoutError:
             raise PeerTimeout(f"{self.endpoint} did not answer {type(message).__name__} in {wait_s:.3g} s") from None
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
 
-    async def _receive(self) -> None:
-        assert self._socket is not None
-        while True:
-            data = await self._socket.recv()
-            try:
-                frame = decode(data)
-            except PeerProtocolError as error:
-                log.warning("bad frame from %s: %s", self.endpoint, error)
-                correlation = correlation_of(data)
-                if correlation in self._pending:
-                    self._pending[correlation].replies.put_nowait(error)
-                continue
-            pending = self._pending.get(frame.correlation)
-            if pending is None:
-                continue  # nobody waits for it any more
-            if frame.kind == "err" and frame.body["message"] == "say hello first":
-                # The server is a new process that never saw our hello.
-                self._lost("the server restarted")
-            pending.replies.put_nowait(frame)
+    def _receive(self, parts: list[bytes]) -> None:
+        data = b"".join(parts)  # a server sends one
+        try:
+            frame = decode(data)
+        except PeerProtocolError as error:
+            log.warning("bad frame from %s: %s", self.endpoint, error)
+            correlation = correlation_of(data)
+            if correlation in self._pending:
+                self._pending[correlation].put(error)
+            return
+        replies = self._pending.get(frame.correlation)
+        if replies is None:
+            return  # nobody waits for it any more
+        if frame.kind == "err" and frame.body["message"] == "say hello first":
+            # The server is a new process that never saw our hello.
+            self._lost("the server restarted")
+        replies.put(frame)
 
-    async def _watch(self) -> None:
-        """Turn transport events into state: a broken connection fails all open requests now, not at their deadline."""
-        assert self._monitor is not None
-        while True:
-            parts = await self._monitor.recv_multipart()
-            event = parse_monitor_message(parts)["event"]
-            if event == zmq.EVENT_DISCONNECTED:
-                # What the server said before it went is still in the pipe: a last reply is better than none.
-                self._transport_up = False
-                await asyncio.sleep(_DRAIN_S)
-                self._lost("the connection broke")
-            else:
-                self._transport_up = True
+    def _transport_changed(self, event: list[bytes]) -> None:
+        """A broken connection fails all open requests now, not at their deadline."""
+        self._transport_up = parse_monitor_message(event)["event"] != zmq.EVENT_DISCONNECTED
+        if self._transport_up:
             self._wake.set()
+        else:
+            # What the server said before it went is still in the pipe: a last reply is better than none.
+            loop = asyncio.get_running_loop()
+            self._breaking = loop.call_later(_DRAIN_S, self._lost, "the connection broke")
 
     def _lost(self, why: str) -> None:
+        if self._breaking is not None:
+            self._breaking.cancel()
         was_ready = self._ready.is_set()
         self._ready.clear()
         self._fail_all(PeerUnavailable(f"{self.endpoint}: {why}"))
@@ -577,8 +609,8 @@ class RpcClient:
             self._on_disconnected()
 
     def _fail_all(self, error: Exception) -> None:
-        for pending in self._pending.values():
-            pending.replies.put_nowait(error)
+        for replies in self._pending.values():
+            replies.put(error)
 
     async def _session(self) -> None:
         """Say hello whenever we are not connected, ping while we are."""

@@ -258,6 +258,69 @@ def test_a_message_nobody_handles_is_refused(endpoint: str) -> None:
     run(main())
 
 
+def test_handlers_that_wait_for_nothing_are_plain_functions(endpoint: str) -> None:
+    """Their reply, their error and what cannot be sent reach the caller as those of a coroutine function do."""
+
+    def plain(call: Call, body: Reserve) -> Any:
+        if body.count == 1:
+            raise CapacityError("no room")
+        return Reserved(()) if body.count == 2 else object()
+
+    async def main() -> None:
+        async with serving(endpoint, {Reserve: plain}) as server, connected(endpoint) as client:
+            with pytest.raises(CapacityError, match="no room"):
+                await client.request(Reserve(1), Reserved, 5)
+            assert await client.request(Reserve(2), Reserved, 5) == Reserved(())
+            with pytest.raises(InternalError):
+                await client.request(Reserve(3), Reserved, 5)
+            assert (server.stats.requests, server.stats.failures) == (3, 2)
+
+    run(main())
+
+
+def test_handlers_begin_in_the_order_in_which_requests_come(endpoint: str) -> None:
+    """Plain functions and coroutine functions alike, also where many requests wait to be read at once."""
+
+    async def main() -> None:
+        began: list[int] = []
+
+        async def waits(call: Call, body: GetManifest) -> Ack:
+            began.append(call.correlation)
+            await asyncio.sleep(0)
+            return Ack()
+
+        def plain(call: Call, body: GetStatus) -> Ack:
+            began.append(call.correlation)
+            return Ack()
+
+        async with serving(endpoint, {GetManifest: waits, GetStatus: plain}):
+            with raw_peer(endpoint) as dealer:
+                await ask_raw(dealer, hello())
+                for n in range(2, 200):
+                    dealer.send(encode(Frame("req", n, GetManifest(KEY) if n % 2 else GetStatus())))
+                time.sleep(0.05)  # noqa: ASYNC251 - the server must find all of them waiting at once
+                for _ in range(2, 200):
+                    await receive_raw(dealer)
+                assert began == list(range(2, 200))
+
+    run(main())
+
+
+def test_a_bug_while_a_message_is_received_disturbs_no_other(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving(endpoint, {}) as server, connected(endpoint) as client:
+            monkeypatch.setattr(server, "_accept", lambda *_: 1 / 0)
+            with pytest.raises(PeerTimeout):
+                await client.request(Reserve(1), Reserved, 0.1)
+            monkeypatch.undo()
+            await client.request(Reserve(1), Reserved, 5)
+
+    run(main())
+    assert "a message could not be received" in caplog.text
+
+
 # -- deadlines and cancelling ----------------------------------------------------------------------------------------
 
 
@@ -471,9 +534,9 @@ def test_a_restarted_server_fails_open_requests_at_once_and_is_told_everything_a
 def kill_like_a_signal(server: RpcServer) -> None:
     """Take a server's socket away without a word to anybody, as the end of its process would."""
     assert server._socket is not None
-    for task in server._tasks:
-        task.cancel()
-    server._socket.close(linger=0)
+    assert server._reaper is not None
+    server._reaper.cancel()
+    server._socket.close()
     server._socket = None
 
 
