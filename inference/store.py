@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Reservation:
 @dataclass(frozen=True)
 class Lease:
     lease_id: bytes
-    chunks: tuple[SlotRef, ...]
+    chunks: Sequence[SlotRef]
     arena: Arena
     miss_reason: str
 

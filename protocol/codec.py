@@ -3,29 +3,28 @@
 A frame is one map: {"k": kind, "i": correlation id, "t": message tag, "b": body, "d": deadline}. Kinds:
 "req" asks, "part" is one piece of a streamed reply, "end" the final reply, "err" a failed final reply,
 "cancel" takes a request back. Decoding never trusts: size, depth, types and tag are checked, and whatever
-is wrong raises PeerProtocolError and nothing else.
+is wrong raises PeerProtocolError and nothing else. Rows travel as columns (table.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard, get_type_hints
 
 import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from protocol import messages
 from protocol.errors import PeerProtocolError
+from protocol.table import Table, row_type
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 Kind = Literal["req", "part", "end", "err", "cancel"]
 _KINDS = frozenset(("req", "part", "end", "err", "cancel"))
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     kind: Kind
     correlation: int
     body: Any = None  # a message, for req, part and end; the wire form of an error for err; None for cancel
@@ -38,13 +37,19 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 @cache
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+def _fields(cls: type) -> tuple[tuple[str, type[Any] | None], ...]:
+    """Names of a message's fields, each with the type of its rows where it holds rows. Raises TypeError: no message."""
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple((field.name, row_type(hints[field.name])) for field in dataclasses.fields(cls))
 
 
 def _as_map(value: Any) -> dict[str, Any]:
     """What MessagePack makes of a message: called for whatever it does not know. Raises TypeError: not a dataclass."""
-    return {name: getattr(value, name) for name in _field_names(value.__class__)}
+    packed = {}
+    for name, row in _fields(value.__class__):
+        field = getattr(value, name)
+        packed[name] = field if row is None else Table.of(row, field).packed()
+    return packed
 
 
 def encode(frame: Frame) -> bytes:

@@ -2,7 +2,8 @@
 
 MessagePack carries a map per message (see codec.py); fields added later get defaults and never change
 meaning, and a field that a receiver does not know is ignored, so neighbouring versions understand each other.
-KV bytes are never in a message: they lie in the arena, and messages carry slots.
+What a message has many of are rows: named tuples, which travel as columns (table.py). KV
+bytes are never in a message: they lie in the arena, and messages carry slots.
 
     gateway   -> inference  GetModel, RunTurn
     gateway   -> kvdaemon   QueueOrder, Anticipate, GetStatus
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, dataclass_transform
+from typing import Literal, NamedTuple, TypeVar, dataclass_transform
 
 from protocol.fields import Bool, Bytes, Count, Float, Id, Int, Str, Tokens
+from protocol.table import Rows
 
 T = TypeVar("T")
 REGISTRY: dict[str, type] = {}
@@ -258,8 +260,7 @@ class Acquire:
     lease_ms: Count = 30_000
 
 
-@message("slot_ref")
-class SlotRef:
+class SlotRef(NamedTuple):
     slot: Count
     generation: Count
     chunk_id: Id
@@ -277,7 +278,7 @@ class Acquired:
     """
 
     lease_id: Id
-    chunks: tuple[SlotRef, ...]
+    chunks: Rows[SlotRef]
     miss_reason: Str = ""
 
 
@@ -302,24 +303,22 @@ class Reserve:
     count: Count
 
 
-@message("reserved_slot")
-class ReservedSlot:
+class ReservedSlot(NamedTuple):
     slot: Count
     generation: Count
 
 
 @message("reserved")
 class Reserved:
-    slots: tuple[ReservedSlot, ...]
+    slots: Rows[ReservedSlot]
 
 
 @message("unreserve")
 class Unreserve:
-    slots: tuple[ReservedSlot, ...]
+    slots: Rows[ReservedSlot]
 
 
-@message("committed_chunk")
-class CommittedChunk:
+class CommittedChunk(NamedTuple):
     """A reserved slot that now holds a whole chunk: every layer written, checksums and token count in the table."""
 
     slot: Count
@@ -332,7 +331,7 @@ class CommittedChunk:
 
 @message("commit")
 class Commit:
-    chunks: tuple[CommittedChunk, ...]
+    chunks: Rows[CommittedChunk]
 
 
 @message("committed")

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,7 +175,7 @@ class EngineSide:
         rotate: False: keys are handed over as they are stored. verify: None: the chunks that the daemon says.
         Raises LoadFailed.
         """
-        chunks = lease.chunks if verify is None else tuple(replace(ref, verify=verify) for ref in lease.chunks)
+        chunks = lease.chunks if verify is None else tuple(ref._replace(verify=verify) for ref in lease.chunks)
         ended = threading.Event()
         task = LoadTask(kv, lease.arena, chunks, time.monotonic() + _ASK_S, ended.set)
         (self.loader if rotate else self.mover).submit(task)

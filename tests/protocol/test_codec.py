@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
+from collections.abc import Sequence
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 import pytest
@@ -15,7 +17,23 @@ from protocol import codec
 from protocol.codec import Frame, correlation_of, decode, encode
 from protocol.errors import PeerProtocolError
 from protocol.fields import Bool, Bytes, Count, Float, Id, Int, Str, Tokens
-from protocol.messages import REGISTRY, Acquire, Hello, Ping, RunTurn, Sampling, SlotRef, TurnDelta, TurnUsage, message
+from protocol.messages import (
+    REGISTRY,
+    Acquire,
+    Acquired,
+    Hello,
+    Ping,
+    Reserved,
+    ReservedSlot,
+    RunTurn,
+    Sampling,
+    SlotRef,
+    TurnDelta,
+    TurnUsage,
+    Unreserve,
+    message,
+)
+from protocol.table import Table
 
 ids = st.binary(min_size=16, max_size=16)
 counts = st.integers(min_value=0, max_value=2**64 - 1)
@@ -39,17 +57,19 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     """Any value that a field of type `hint` allows."""
     if hint in FIELDS:
         return FIELDS[hint]
-    if dataclasses.is_dataclass(hint):
-        return instances_of(hint)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):
+        return instances_of(hint)
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return values_of(arguments[0])
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin in (UnionType, Union):
         return st.one_of(*(values_of(argument) for argument in arguments))
     if origin is dict:
         return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=4)
-    assert origin is tuple, f"teach this test about {hint}"
-    if arguments[-1] is Ellipsis:
+    assert origin in (tuple, Sequence), f"teach this test about {hint}"
+    if origin is Sequence or arguments[-1] is Ellipsis:
         return st.lists(values_of(arguments[0]), max_size=4).map(tuple)
     return st.tuples(*(values_of(argument) for argument in arguments))
 
@@ -194,6 +214,94 @@ def test_a_missing_field_is_named() -> None:
         decode(msgpack.packb({"k": "req", "i": 1, "t": "hello", "b": {"protocol_version": 1, "client_id": b"c" * 16}}))
 
 
+def packed(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+SLOTS = {
+    "slot": packed(4, 2**64 - 1),
+    "generation": packed(1, 2),
+    "chunk_id": [b"c" * 16, b"d" * 16],
+    "tokens": packed(256, 7),
+}
+
+
+def acquired(**changes: Any) -> bytes:
+    """The frame of an answer with two chunks, with these changes to its columns; None takes a column away."""
+    columns = {**SLOTS, "tier": ["dram", "ssd"], "verify": [False, True], **changes}
+    chunks = {name: column for name, column in columns.items() if column is not None}
+    return msgpack.packb({"k": "end", "i": 5, "t": "acquired", "b": {"lease_id": b"l" * 16, "chunks": chunks}})
+
+
+def test_rows_travel_as_columns() -> None:
+    one, two = SlotRef(4, 1, b"c" * 16, 256, "dram"), SlotRef(2**64 - 1, 2, b"d" * 16, 7, "ssd", verify=True)
+    frame = Frame("end", 5, Acquired(b"l" * 16, (one, two)))
+    assert decode(acquired()) == frame
+    raw = msgpack.unpackb(encode(frame))
+    assert raw["b"]["chunks"] == {**SLOTS, "tier": ["dram", "ssd"], "verify": [False, True]}
+    none = msgpack.unpackb(encode(Frame("end", 5, Reserved(()))))
+    assert none["b"]["slots"] == {"slot": b"", "generation": b""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"slot": packed(4)}, "acquired.chunks: .* one length"),
+        ({"verify": [True]}, "acquired.chunks: .* one length"),  # also where a column might be missing
+        ({"verify": [True] * 3}, "acquired.chunks: .* one length"),
+        ({"generation": None}, "acquired.chunks.generation: Field required"),
+        ({"slot": packed(4, 5)[:-1]}, "acquired.chunks.slot"),
+        ({"slot": [4, 5]}, "acquired.chunks.slot"),
+        ({"slot": 4}, "acquired.chunks.slot"),
+        ({"slot": {"4": 5, "6": 7}}, "acquired.chunks.slot"),
+        ({"slot": "4" * 16}, "acquired.chunks.slot"),
+        ({"chunk_id": [b"c" * 16, b"d" * 15]}, "acquired.chunks.chunk_id.1"),
+        ({"chunk_id": b"c" * 32}, "acquired.chunks.chunk_id"),
+        ({"tier": ["dram", "tape"]}, "acquired.chunks.tier.1"),
+        ({"tier": "dram"}, "acquired.chunks.tier"),
+        ({"verify": [0, 1]}, "acquired.chunks.verify.0"),
+    ],
+)
+def test_a_wrong_column_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(PeerProtocolError, match=named.replace(".", r"\.").replace(r"\.*", ".*")):
+        decode(acquired(**changes))
+
+
+@pytest.mark.parametrize("chunks", [[], [SLOTS], 5, None, "slot", {}], ids=repr)
+def test_what_is_no_map_of_columns_is_refused(chunks: Any) -> None:
+    body = {"lease_id": b"l" * 16, "chunks": chunks}
+    with pytest.raises(PeerProtocolError, match=r"acquired\.chunks"):
+        decode(msgpack.packb({"k": "end", "i": 5, "t": "acquired", "b": body}))
+
+
+def test_columns_come_and_go_as_fields_do() -> None:
+    """A column that is missing gives each row the default; one that nobody knows is ignored."""
+    assert [ref.verify for ref in decode(acquired(verify=None)).body.chunks] == [False, False]
+    assert decode(acquired(heat=[1, 2, 3])) == decode(acquired())
+
+
+def test_a_table_is_a_sequence_of_its_rows() -> None:
+    rows = (ReservedSlot(4, 1), ReservedSlot(5, 2), ReservedSlot(6, 3))
+    table = Table(ReservedSlot, slot=[4, 5, 6], generation=[1, 2, 3])
+    assert (tuple(table), len(table), table[1], table[-1]) == (rows, 3, rows[1], rows[2])
+    assert table == Table.of(ReservedSlot, rows) == rows
+    assert table[1:] == rows[1:] != table
+    assert hash(table) == hash(rows)
+    assert not table[3:]
+    with pytest.raises(IndexError):
+        table[3]
+    with pytest.raises(ValueError, match="one length"):
+        Table(ReservedSlot, slot=[4, 5], generation=[1])
+
+
+@pytest.mark.parametrize(
+    "rows", [[(1, 2, 3)], [5], [(1, 2), (1,)], 7, [ReservedSlot(-1, 1)], [ReservedSlot(1, 2**64)], [("1", 2)]], ids=repr
+)
+def test_what_are_no_rows_is_not_sent(rows: Any) -> None:
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        encode(Frame("req", 1, Unreserve(rows)))
+
+
 def test_token_ids_come_whole() -> None:
     data = msgpack.packb({"k": "part", "i": 1, "t": "turn_delta", "b": {"text": "", "tokens": b"12345"}})
     with pytest.raises(PeerProtocolError, match="whole number"):
@@ -233,9 +341,10 @@ def test_messages_are_frozen_and_distinct_on_the_wire() -> None:
         assert dataclasses.is_dataclass(cls)
         assert cls.__dataclass_params__.frozen, cls  # type: ignore[attr-defined]
         assert cls.__doc__, cls
-    slot = SlotRef(1, 2, b"c" * 16, 3, "dram")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        slot.slot = 2  # type: ignore[misc]
+        Sampling().top_p = 0.5  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        SlotRef(1, 2, b"c" * 16, 3, "dram").slot = 2  # type: ignore[misc]
 
 
 def test_two_messages_cannot_share_a_tag() -> None:
