@@ -12,7 +12,7 @@ A chunk is in DRAM (LOADING or READY in a slot), on SSD, or both; an entry in ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Protocol, Self, TypeVar, cast
 
@@ -30,6 +30,10 @@ class Residence(Enum):
     READY = "ready"
 
 
+_DIRTY, _WRITING, _PREFETCHED, _REUSED, _DECLINED = (1 << bit for bit in range(5))
+_ASKED_FOR = _PREFETCHED | _REUSED | _DECLINED  # what changes when a chunk is asked for
+
+
 class _Flag:
     """One bit of `Chunk.flags`, used like a field."""
 
@@ -44,7 +48,7 @@ class _Flag:
 
 
 class Chunk(Node):
-    """One chunk. Changed by ChunkIndex and LeaseBook only; `reused` by the store.
+    """One chunk. Changed by ChunkIndex and the placement only; `prefetched` by the store.
 
     A million of them are usual: what they say is kept in few fields, and equal values are one object.
     """
@@ -53,7 +57,6 @@ class Chunk(Node):
         "chunk_id",
         "flags",
         "generation",
-        "holds",
         "namespace",
         "parent_id",
         "residence",
@@ -62,11 +65,11 @@ class Chunk(Node):
         "tokens",
     )
 
-    dirty = _Flag(1)
-    writing = _Flag(2)
-    prefetched = _Flag(4)  # fetched on a hint, and not asked for since
-    reused = _Flag(8)  # asked for since it was saved
-    declined = _Flag(16)  # not admitted to the SSD; clean, though its bytes are in DRAM only
+    dirty = _Flag(_DIRTY)
+    writing = _Flag(_WRITING)
+    prefetched = _Flag(_PREFETCHED)  # fetched on a hint, and not asked for since
+    reused = _Flag(_REUSED)  # asked for since it was saved
+    declined = _Flag(_DECLINED)  # not admitted to the SSD; clean, though its bytes are in DRAM only
 
     def __init__(self, chunk_id: bytes, parent_id: bytes, namespace: bytes, tokens: int) -> None:
         super().__init__()
@@ -79,7 +82,6 @@ class Chunk(Node):
         self.generation = 0
         self.ssd_bytes = 0  # 0: not on SSD
         self.flags = 0
-        self.holds = 0  # leases, and work under way
 
     @property
     def on_ssd(self) -> bool:
@@ -116,6 +118,15 @@ class ChunkIndex:
 
     def get(self, chunk_id: bytes) -> Chunk | None:
         return self._chunks.get(chunk_id)
+
+    def leading(self, chunk_ids: Sequence[bytes], namespace: bytes) -> list[Chunk]:
+        """The entries of these chunks, up to the first that is unknown or of another namespace."""
+        found = []
+        for chunk in map(self._chunks.get, chunk_ids):
+            if chunk is None or chunk.namespace != namespace:
+                break
+            found.append(chunk)
+        return found
 
     def new_listing(self) -> Listing:
         """An empty listing of what the SSD tier holds, to be filled page by page."""
@@ -164,20 +175,20 @@ class ChunkIndex:
             self._dirty[chunk.chunk_id] = chunk
         self._tell_added("dram", chunk)
         if residence is Residence.LOADING:
-            self.hold(chunk)
+            self.hold((chunk,))
 
     def arrived(self, chunk: Chunk) -> None:
         """A LOADING chunk is whole."""
         if chunk.residence is not Residence.LOADING:
             raise InternalError(f"a chunk that is {chunk.residence.value} cannot arrive")
         chunk.residence = Residence.READY
-        self.release(chunk)
+        self.release((chunk,))
 
     def leave_dram(self, chunk: Chunk) -> None:
         if chunk.residence is Residence.ABSENT:
             raise InternalError("a chunk that is absent cannot leave DRAM")
         if chunk.residence is Residence.LOADING:
-            self.release(chunk)
+            self.release((chunk,))
         self.mark_clean(chunk)
         chunk.slot, chunk.generation, chunk.residence = -1, 0, Residence.ABSENT
         chunk.prefetched = chunk.declined = False
@@ -217,23 +228,33 @@ class ChunkIndex:
     def begin_write(self, chunk: Chunk) -> None:
         """Somebody writes the chunk to SSD until `end_write`."""
         chunk.writing = True
-        self.hold(chunk)
+        self.hold((chunk,))
 
     def end_write(self, chunk: Chunk) -> None:
         chunk.writing = False
-        self.release(chunk)
+        self.release((chunk,))
 
-    def hold(self, chunk: Chunk) -> None:
-        """The chunk must stay where it is until `release` was said as often."""
-        chunk.holds += 1
-        if chunk.holds == 1:
-            self._placement.hold(chunk.chunk_id)
+    def use(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """Somebody asks for these chunks. Returns those that were fetched on a hint, and not asked for since."""
+        prefetched = []
+        for chunk in chunks:
+            if chunk.flags & _ASKED_FOR == _REUSED:
+                continue  # most: it was asked for before, and there is nothing to note
+            chunk.reused = True
+            if chunk.declined:  # used again, it is worth more now
+                self.mark_dirty(chunk)
+            if chunk.prefetched:
+                chunk.prefetched = False
+                prefetched.append(chunk)
+        return prefetched
 
-    def release(self, chunk: Chunk) -> None:
+    def hold(self, chunks: Iterable[Chunk]) -> None:
+        """The chunks must stay where they are until `release` was said of each as often."""
+        self._placement.hold_all(chunks)
+
+    def release(self, chunks: Iterable[Chunk]) -> None:
         """A chunk that was taken away though held, and came back since, is another entry: it is not concerned."""
-        chunk.holds -= 1
-        if not chunk.holds and self._chunks.get(chunk.chunk_id) is chunk:
-            self._placement.release(chunk.chunk_id)
+        self._placement.release_all(chunks)
 
     def _tell_added(self, tier: Tier, chunk: Chunk) -> None:
         is_partial = chunk.tokens < self.chunk_tokens

@@ -41,8 +41,7 @@ class LeaseBook:
 
     def grant(self, client: bytes, chunks: Sequence[Chunk], expires_s: float) -> Lease:
         lease = Lease(new_id(), client, tuple(chunks), expires_s)
-        for chunk in lease.chunks:
-            self._index.hold(chunk)
+        self._index.hold(lease.chunks)
         self._open[lease.lease_id] = lease
         heapq.heappush(self._expiry, (expires_s, lease.lease_id))
         return lease
@@ -77,6 +76,5 @@ class LeaseBook:
 
     def _end(self, lease: Lease) -> Lease:
         del self._open[lease.lease_id]
-        for chunk in lease.chunks:
-            self._index.release(chunk)
+        self._index.release(lease.chunks)
         return lease

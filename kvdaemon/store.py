@@ -31,10 +31,12 @@ from protocol.messages import (
     SlotRef,
     SsdReadChunk,
 )
+from protocol.table import Table
 
+_ABSENT, _READY = Residence.ABSENT, Residence.READY  # an enumeration looks its members up each time
 MAX_LEASES = 4096
 MAX_LEASE_MS = 120_000
-_VERIFY_EVERY = 16  # resident chunks handed out, of which one is checked by its reader
+_VERIFY_EVERY = 16  # chunks handed out, of which one is checked by its reader where it is resident
 _REMEMBERED_LOSSES = 65_536
 # Slots that writers leave for chunks coming back from SSD, as a share of all: saving must not starve loading.
 _FETCH_RESERVE = 1 / 16
@@ -93,7 +95,7 @@ class Store:
         self._ssd = ssd
         self._metrics = metrics
         self._verify_always = verify == "always"
-        self._handed_out = itertools.count(1)
+        self._handed_out = 0  # chunks so far
         self._losses: OrderedDict[bytes, str] = OrderedDict()  # chunk id -> why it is gone
 
     @property
@@ -149,38 +151,43 @@ class Store:
             at = request.partial_index if request.partial_id is not None else len(request.chunk_ids)
             partial = (request.partial_id,) if request.partial_id is not None else ()
             self.placement.used((*request.chunk_ids[:at], *partial, *request.chunk_ids[at:]), self._clock())
-        absent = sum(chunk.residence is Residence.ABSENT for chunk in prefix)
+        absent = [chunk for chunk in prefix if chunk.residence is _ABSENT]
         spared = prefix if absent else []  # room is not made of what is asked for
-        for chunk in spared:
-            self.index.hold(chunk)
-        room = self._make_room(absent, "fetch") if absent else 0
-        refs: list[SlotRef] = []
-        reads: list[SsdReadChunk] = []
-        reused: dict[Literal["dram", "ssd"], int] = {"dram": 0, "ssd": 0}  # tokens, by where they came from
-        for chunk in prefix:
-            was_resident = chunk.residence is Residence.READY
-            if chunk.residence is Residence.ABSENT:
-                if room == 0:
-                    miss_reason = "no_capacity"
-                    break
-                room -= 1
-                reads.append(self._begin_fetch(dram, chunk))
-            verify = self._verify_always or (was_resident and next(self._handed_out) % _VERIFY_EVERY == 0)
-            tier: Literal["dram", "ssd"] = "dram" if was_resident else "ssd"
-            refs.append(SlotRef(chunk.slot, chunk.generation, chunk.chunk_id, chunk.tokens, tier, verify))
-            chunk.reused = True
-            if chunk.declined:  # used again, it is worth more now
-                self.index.mark_dirty(chunk)
-            reused["ssd" if chunk.prefetched else tier] += chunk.tokens
-            if chunk.prefetched:
-                chunk.prefetched = False
-                self._metrics.prefetched("used")
-        lease = self.leases.grant(client, prefix[: len(refs)], now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
-        for chunk in spared:
-            self.index.release(chunk)
-        for came_from, tokens in reused.items():
-            self._metrics.reused(came_from, tokens * dram.arena.geometry.token_bytes)
-        return Acquired(lease.lease_id, tuple(refs), miss_reason), reads
+        self.index.hold(spared)
+        room = self._make_room(len(absent), "fetch")
+        if room < len(absent):
+            prefix, miss_reason = prefix[: prefix.index(absent[room])], "no_capacity"
+        reads = [self._begin_fetch(dram, chunk) for chunk in absent[:room]]
+        lease = self.leases.grant(client, prefix, now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
+        self.index.release(spared)
+        resident = [chunk.residence is _READY for chunk in prefix]
+        refs = self._refer(prefix, resident)
+        self._count_reuse(self.index.use(prefix), refs.columns["tokens"], resident)
+        return Acquired(lease.lease_id, refs, miss_reason), reads
+
+    def _refer(self, chunks: Sequence[Chunk], resident: Sequence[bool]) -> Table[SlotRef]:
+        verify = [self._verify_always] * len(chunks)
+        for at in range(-self._handed_out % _VERIFY_EVERY, len(chunks), _VERIFY_EVERY):
+            verify[at] |= resident[at]
+        self._handed_out += len(chunks)
+        return Table(
+            SlotRef,
+            slot=[chunk.slot for chunk in chunks],
+            generation=[chunk.generation for chunk in chunks],
+            chunk_id=[chunk.chunk_id for chunk in chunks],
+            tokens=[chunk.tokens for chunk in chunks],
+            tier=["dram" if is_resident else "ssd" for is_resident in resident],
+            verify=verify,
+        )
+
+    def _count_reuse(self, prefetched: Sequence[Chunk], tokens: Sequence[int], resident: Sequence[bool]) -> None:
+        from_dram = sum(itertools.compress(tokens, resident))
+        for chunk in prefetched:
+            self._metrics.prefetched("used")
+            from_dram -= chunk.tokens if chunk.residence is _READY else 0
+        for tier, size in (("dram", from_dram), ("ssd", sum(tokens) - from_dram)):
+            if size:
+                self._metrics.reused(tier, size * self._bound().arena.geometry.token_bytes)
 
     def turn_ended(self, manifest: Manifest) -> None:
         """A turn is saved whole: its conversation may go on with it some time."""
@@ -430,26 +437,22 @@ class Store:
         """Chunks that could be handed out, oldest first, and why there are no more."""
         if request.partial_id is not None and request.partial_index > len(request.chunk_ids):
             raise InvalidRequest("partial_index lies behind the end of chunk_ids", param="partial_index")
-        prefix: list[Chunk] = []
-        for chunk_id in request.chunk_ids:
-            chunk = self._available(chunk_id, request.namespace)
-            if chunk is None:
-                break
-            prefix.append(chunk)
+        prefix = self._available(request.chunk_ids, request.namespace)
         missing = request.chunk_ids[len(prefix) : len(prefix) + 1]
         if request.partial_id is not None and request.partial_index == len(prefix):
-            partial = self._available(request.partial_id, request.namespace)
-            if partial is not None:
-                return [*prefix, partial], ""
+            partial = self._available((request.partial_id,), request.namespace)
+            if partial:
+                return prefix + partial, ""
             # What was saved was the partial chunk; the full one may never have existed.
             missing = (request.partial_id,)
         return prefix, self._miss_reason(missing[0]) if missing else ""
 
-    def _available(self, chunk_id: bytes, namespace: bytes) -> Chunk | None:
-        chunk = self.index.get(chunk_id)
-        if chunk is None or chunk.namespace != namespace:
-            return None
-        return None if chunk.residence is Residence.ABSENT and not self._ssd.can_read else chunk
+    def _available(self, chunk_ids: Sequence[bytes], namespace: bytes) -> list[Chunk]:
+        """The chunks that could be handed out, up to the first that could not."""
+        known = self.index.leading(chunk_ids, namespace)
+        if self._ssd.can_read:
+            return known
+        return list(itertools.takewhile(lambda chunk: chunk.residence is not Residence.ABSENT, known))
 
     def _miss_reason(self, chunk_id: bytes) -> str:
         return "no_capacity" if self.index.get(chunk_id) is not None else self._losses.get(chunk_id, "unknown")

@@ -1,7 +1,7 @@
 """Leasing 64 resident chunks, against a bare ZeroMQ echo between two processes.
 
 The echo is DEALER to ROUTER over ipc, as ours; it carries what an acquire's answer weighs and does nothing else. Two
-forms: blocking sockets, the least that ZeroMQ costs, and asyncio on both sides, as ours. The bounds are held to the
+forms: blocking sockets, the least that ZeroMQ costs, and zmq.asyncio on both sides. The bounds are held to the
 blocking one. Rounds of a hundred alternate.
 """
 

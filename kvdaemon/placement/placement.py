@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvdaemon.placement.lru import HeapOrder
@@ -195,28 +195,37 @@ class Placement:
 
     def hold(self, chunk_id: ChunkId) -> None:
         """The chunk must stay where it is, until `release` was said as often."""
-        run = self.tree.run_of(chunk_id)
-        assert run is not None
-        held = self.tree.held
-        held[chunk_id] = held.get(chunk_id, 0) + 1
-        self._relist(run, chunk_id)
+        self.hold_all((self.tree.nodes[chunk_id],))
 
     def release(self, chunk_id: ChunkId) -> None:
-        run = self.tree.run_of(chunk_id)
-        held = self.tree.held
-        if run is None or chunk_id not in held:
-            return
-        held[chunk_id] -= 1
-        if not held[chunk_id]:
-            del held[chunk_id]
-            self._relist(run, chunk_id)
+        node = self.tree.nodes.get(chunk_id)
+        if node is not None and node.holds:
+            self.release_all((node,))
 
-    def _relist(self, run: Run, chunk_id: ChunkId) -> None:
-        """Only of a run's last chunk does it matter whether it must stay."""
-        if run.dram.chunks and run.dram.chunks[-1] == chunk_id:
-            self._list(run, "dram")
-        if run.ssd.chunks and run.ssd.chunks[-1] == chunk_id:
-            self._list(run, "ssd")
+    def hold_all(self, nodes: Iterable[Node]) -> None:
+        """These chunks must stay where they are, until `release_all` was said of each as often."""
+        runs: dict[Run | None, None] = {}
+        for node in nodes:
+            if not node.holds:
+                self.tree.held += 1
+                runs[node.run] = None
+            node.holds += 1
+        self._relist(runs)
+
+    def release_all(self, nodes: Iterable[Node]) -> None:
+        """One that was taken away though held, and came back since, is another node: it is not concerned."""
+        runs: dict[Run | None, None] = {}
+        for node in nodes:
+            node.holds -= 1
+            if not node.holds and node.run is not None:
+                self.tree.held -= 1
+                runs[node.run] = None
+        self._relist(runs)
+
+    def _relist(self, runs: Iterable[Run | None]) -> None:
+        for run in runs:
+            assert run is not None
+            self._list_in_both(run)
 
     # -- the queue --------------------------------------------------------------------------------------------
 
@@ -321,7 +330,7 @@ class Placement:
         """
         if not self._policy.looks_ahead:
             return None
-        busy = len(self.tree.held) + len(self.tree.unsaved)
+        busy = self.tree.held + len(self.tree.unsaved)
         room = int(self.capacity["dram"] * (1 - _RESERVE)) - busy
         for place, ticket in enumerate(self._tickets[: self.prefetch_window]):
             job = self._jobs[ticket]
@@ -428,7 +437,7 @@ class Placement:
         """List the run where it belongs now. renew: its rank may have changed."""
         stay = run.dram if tier == "dram" else run.ssd
         listing = ""
-        if stay.chunks and not stay.below and (last := stay.chunks[-1]) not in self.tree.held:
+        if stay.chunks and not stay.below and not self.tree.nodes[last := stay.chunks[-1]].holds:
             listing = "unsaved" if tier == "dram" and last in self.tree.unsaved else tier
             if run.jobs:
                 listing = f"{listing} wanted"

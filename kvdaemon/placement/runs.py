@@ -33,11 +33,12 @@ UNKNOWN_WORTH = Worth()
 class Node:
     """What the tree notes of a chunk. The daemon's index makes its own of it, so that a chunk has one entry in all."""
 
-    __slots__ = ("run", "tiers")
+    __slots__ = ("holds", "run", "tiers")
 
     def __init__(self) -> None:
-        self.run: Run | None = None
+        self.run: Run | None = None  # None: not in the tree, or no longer
         self.tiers = 0  # bits of the tiers that hold it
+        self.holds = 0  # how many times it was said that it must stay: leased, or on its way in or out
 
 
 _BITS: dict[Tier, int] = {"dram": 1, "ssd": 2}
@@ -122,13 +123,12 @@ class Run:
 class RunTree:
     """Runs by chunk. Not safe for threads.
 
-    held: chunks that must stay (leased, or on their way in or out), and how many times. unsaved: chunks that exist in
-    DRAM only, though they shall not.
+    held: how many chunks must stay. unsaved: chunks that exist in DRAM only, though they shall not.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[ChunkId, Node] = {}
-        self.held: dict[ChunkId, int] = {}
+        self.held = 0
         self.unsaved: set[ChunkId] = set()
         self.leaves = 0  # runs that nothing continues: about as many as conversations
         self._counts: dict[Tier, int] = {"dram": 0, "ssd": 0}
@@ -284,9 +284,8 @@ class RunTree:
         return tail
 
     def _forget(self, run: Run, chunk_id: ChunkId) -> None:
-        del self.nodes[chunk_id]
+        self.held -= self.nodes.pop(chunk_id).holds > 0
         self.unsaved.discard(chunk_id)
-        self.held.pop(chunk_id, None)
         first = run.chunks[0]
         if run.chunks[-1] == chunk_id:
             run.chunks.pop()

@@ -261,11 +261,11 @@ class StoreMachine(RuleBasedStateMachine):
             return
         index, placement = self.store.index, self.store.placement
         tree = placement.tree
-        assert tree.held.keys() | tree.unsaved <= {chunk.chunk_id for chunk in index}
+        assert tree.unsaved <= {chunk.chunk_id for chunk in index}
+        assert tree.held == sum(chunk.holds > 0 for chunk in index)
         for chunk in index:
             assert tree.holds("dram", chunk.chunk_id) == (chunk.residence is not Residence.ABSENT)
             assert tree.holds("ssd", chunk.chunk_id) == chunk.on_ssd
-            assert (chunk.chunk_id in tree.held) == (chunk.holds > 0)
             assert (chunk.chunk_id in tree.unsaved) == chunk.dirty
             assert chunk.leases >= 0
         for victim in (placement.next_victim("dram", self.now_s), placement.next_victim("ssd", self.now_s)):
