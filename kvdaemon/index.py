@@ -216,7 +216,8 @@ class ChunkIndex:
         chunk.ssd_bytes = self.one(stored_bytes)
         if not was_stored:
             self._tell_added("ssd", chunk)
-        self.mark_clean(chunk)
+        if chunk.dirty:
+            self.mark_clean(chunk)
 
     def leave_ssd(self, chunk: Chunk) -> None:
         if not chunk.on_ssd:

@@ -597,8 +597,7 @@ class SsdDelete:
     chunk_ids: tuple[Id, ...]
 
 
-@message("ssd_record")
-class SsdRecord:
+class SsdRecord(NamedTuple):
     """What the SSD tier knows of one chunk."""
 
     chunk_id: Id
@@ -619,7 +618,7 @@ class SsdList:
 
 @message("ssd_page")
 class SsdPage:
-    records: tuple[SsdRecord, ...]
+    records: Rows[SsdRecord]
     more: Bool
 
 

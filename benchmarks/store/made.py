@@ -42,7 +42,7 @@ def pages(chunks: int) -> Iterator[list[SsdRecord]]:
 
 
 def _sent(page: list[SsdRecord]) -> list[SsdRecord]:
-    body = decode(encode(Frame("end", 1, SsdPage(tuple(page), more=True)))).body
+    body = decode(encode(Frame("end", 1, SsdPage(page, more=True)))).body
     assert isinstance(body, SsdPage)
     return list(body.records)
 

@@ -21,8 +21,8 @@ import heapq
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvdaemon.failpoints import reach
 from protocol.arena import PAGE_BYTES
@@ -35,8 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A slot in the file of slots of this size."""
 
     slot_bytes: int

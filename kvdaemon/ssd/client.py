@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -275,16 +276,25 @@ class SsdLink:
             connected.cancel()
             raise PeerUnavailable("it ended")
         connected.result()
-        listing = self._new_listing()
-        after, more = b"", True
-        while more:
-            page = await client.request(SsdList(after, _PAGE_RECORDS), SsdPage, _READ_S)
-            listing.add(page.records)
-            more = page.more and bool(page.records)
-            after = page.records[-1].chunk_id if page.records else b""
-        self._on_listed(listing)
+        with _without_collections():
+            self._on_listed(await self._list(client))
         while self._arena is not None and self._attached_id != self._arena.arena_id:
             await self._attach_now(self._arena)
+
+    async def _list(self, client: RpcClient) -> Listing:
+        """All records. The worker reads a page while the one before it is taken in."""
+
+        def ask(after: bytes) -> asyncio.Future[SsdPage]:
+            return asyncio.ensure_future(client.request(SsdList(after, _PAGE_RECORDS), SsdPage, _READ_S))
+
+        listing = self._new_listing()
+        coming: asyncio.Future[SsdPage] | None = ask(b"")
+        while coming is not None:
+            page = await coming
+            coming = ask(page.records[-1].chunk_id) if page.more and page.records else None
+            await asyncio.sleep(0)  # it is sent
+            listing.add(page.records)
+        return listing
 
     async def _attach_now(self, arena: Arena) -> None:
         assert self._client is not None
@@ -309,6 +319,16 @@ class SsdLink:
         if process is self._process:
             self._process = self._client = self.pid = None
             self._attached_id = b""
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No search for cycles while a million objects are made that stay: each would look at all of them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def _wait_unlocked(path: Path) -> None:

@@ -75,7 +75,7 @@ _PIECE_BYTES = 1024 * 1024  # layers that are smaller go together
 _SPARE_DISK_BYTES = 32 * 1024 * 1024  # left free for RocksDB's flushes; running it into a full disk costs a restart
 _WRITE_FAILURES = 5  # in a row, then a fresh process tries its luck
 _SCRUB_PAGE = 512  # records; more than the 256 blocks that a listing can find unreadable, so that it gets on
-_PAGE_RECORDS = 4096
+_SWEEP_PAGE = 512  # records; small, for whoever lists them at the same time
 _MANIFEST_SHARE = 0.02  # of the SSD tier's capacity
 DAMAGED_MARK = "DAMAGED"  # a file in the database's directory: move it aside at the next start
 
@@ -296,12 +296,12 @@ class SsdWorker:
                         after = item.chunk_id
                     else:
                         after = item or after
-                more = len(page) == _PAGE_RECORDS
+                more = len(page) == _SWEEP_PAGE
             await self._free(list(self._files.suspects()))
             self._is_swept.set()
 
     def _records(self, after: bytes) -> list[ChunkRecord | bytes]:
-        return list(self._tables.records(after, _PAGE_RECORDS))
+        return list(self._tables.records(after, _SWEEP_PAGE))
 
     async def _sweep_often(self) -> None:
         while True:
@@ -421,11 +421,11 @@ class SsdWorker:
             log.error("damaged chunk records on SSD", records=len(damaged))
             self._corrupt_records += len(damaged)
             await self._forget([chunk_id for chunk_id in damaged if chunk_id])
-        page = tuple(
+        page = [
             SsdRecord(r.chunk_id, r.parent_id, r.namespace, r.tokens, r.size_bytes, r.written_s)
             for r in found
             if isinstance(r, ChunkRecord)
-        )
+        ]
         return SsdPage(page, more=len(found) == request.limit)
 
     async def _put_manifest(self, call: Call, request: SsdPutManifest) -> Ack:

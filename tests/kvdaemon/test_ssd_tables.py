@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import mmap
 import shutil
@@ -128,7 +127,7 @@ def test_garbage_is_no_record(record_bytes: bytes) -> None:
 )
 def test_a_record_whose_numbers_cannot_be(change: dict[str, Any]) -> None:
     with pytest.raises(PeerProtocolError):
-        ChunkRecord.unpack(b"c" * 16, dataclasses.replace(record(b"c" * 16), **change).pack())
+        ChunkRecord.unpack(b"c" * 16, record(b"c" * 16)._replace(**change).pack())
 
 
 def test_damaged_database_is_moved_aside(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_what_is_deleted_and_compacted_is_in_no_file(tmp_path: Path) -> None:
     victims = [ids[n] for n in (3, 4, 60)]
     for chunk_id in ids:
         mark = b"ERASED" if chunk_id in victims else b"KEPT"
-        tables.put_chunk(dataclasses.replace(record(chunk_id), parent_id=mark.ljust(16)))
+        tables.put_chunk(record(chunk_id)._replace(parent_id=mark.ljust(16)))
         tables.put_manifest(manifest(chunk_id, text=mark.decode() * 20))
         if chunk_id[0] % 40 == 0:
             tables.flush()
