@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from inference.decoupled import DecoupledModel, Segment
+from inference.logprobs import Logprobs
 from inference.planner import JobView, plan_step
 from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
@@ -24,6 +25,7 @@ from inference.worker import Worker
 from inference.working_kv import WorkingKv
 from monitoring.logs import get_logger
 from protocol.ids import TokenArray
+from protocol.messages import SampledLogprobs
 
 log = get_logger(__name__)
 
@@ -31,7 +33,7 @@ log = get_logger(__name__)
 class Listener(Protocol):
     """What a job tells. Called from the engine's thread; must not block."""
 
-    def on_token(self, job: Job, token: int, text: str) -> None: ...
+    def on_token(self, job: Job, token: int, text: str, logprobs: SampledLogprobs | None) -> None: ...
 
     def on_done(self, job: Job) -> None: ...
 
@@ -47,13 +49,14 @@ class Job:
     prompt: TokenArray
     resumed: list[int]  # tokens sampled by an earlier attempt at this turn
     kv: WorkingKv  # begun; its length is the history
-    sampler: Sampler
+    sampler: Sampler  # it and `answer` know the resumed tokens
     answer: AnswerText
     max_tokens: int
     eos_ids: Collection[int]
     listener: Listener
     load: LoadTask | None = None
     save: SaveTask | None = None
+    logprobs: Logprobs | None = None  # where they are wanted
     is_cancelled: bool = False
     # the outcome
     sampled: list[int] = field(default_factory=list)
@@ -172,7 +175,7 @@ class Engine:
         for job, row in zip(jobs, logits, strict=True):
             self._mark_computed(job)
             if job.remaining_prompt == 0:
-                self._take_token(job, row)
+                self._try_take_token(job, row)
 
     def _prefill_segment(self, job: Job, tokens: int) -> Segment:
         start = job.kv.length
@@ -202,8 +205,17 @@ class Engine:
         if length % job.save.chunk_tokens == 0:
             self._saver.notify()
 
+    def _try_take_token(self, job: Job, logits: torch.Tensor) -> None:
+        try:
+            self._take_token(job, logits)
+        except Exception as error:  # a schema that cannot be followed any more, or a bug: this job's matter alone
+            self._remove(job)
+            self._abandon_save(job)
+            job.listener.on_failed(job, error)
+
     def _take_token(self, job: Job, logits: torch.Tensor) -> None:
         token = job.sampler.sample(logits)
+        logprobs = None if job.logprobs is None else job.logprobs.of(logits, token)
         job.sampled.append(token)
         if job.save is not None:
             job.save.token_ids.append(token)
@@ -214,13 +226,13 @@ class Engine:
             job.finish_reason = "stop"
         else:
             piece = job.answer.feed(token)
-            if job.answer.stopped:
+            if job.answer.stopped or job.sampler.is_over:
                 job.finish_reason = "stop"
             elif len(job.sampled) >= job.max_tokens:
                 job.finish_reason = "length"
         if job.finish_reason:
             piece += job.answer.finish()
-        job.listener.on_token(job, token, piece)
+        job.listener.on_token(job, token, piece, logprobs)
         if job.finish_reason:
             job.done_s = time.monotonic()
             self._remove(job)

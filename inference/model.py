@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from inference.config import InferenceConfig
 from inference.embedded import MODEL
 from inference.selfcheck import CheckedModel, take_over
+from inference.vocabulary import Vocabulary
 from protocol.arena import Geometry
 from protocol.errors import ConfigError, UnsupportedModel
 from protocol.ids import digest, model_namespace
@@ -30,6 +31,7 @@ class LoadedModel:
     name: str  # in the API
     checked: CheckedModel
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
+    vocabulary: Vocabulary
     eos_ids: frozenset[int]
     max_context: int  # tokens
     geometry: Geometry
@@ -68,7 +70,9 @@ def load_model(config: InferenceConfig) -> LoadedModel:
     if not tokenizer.chat_template:
         raise UnsupportedModel(f"the tokenizer in {directory} has no chat template", param="model")
     model.eval().to(device)
-    checked = take_over(model, hf_config.get_text_config().vocab_size, max_context)
+    vocabulary_size = hf_config.get_text_config().vocab_size
+    checked = take_over(model, vocabulary_size, max_context)
+    eos_ids = _eos_ids(model, tokenizer)
     shape = checked.shape
     itemsize = shape.dtype.itemsize
     geometry = Geometry(
@@ -82,7 +86,8 @@ def load_model(config: InferenceConfig) -> LoadedModel:
         name=name,
         checked=checked,
         tokenizer=tokenizer,
-        eos_ids=_eos_ids(model, tokenizer),
+        vocabulary=Vocabulary(tokenizer, vocabulary_size, eos_ids),
+        eos_ids=eos_ids,
         max_context=max_context,
         geometry=geometry,
         namespace=model_namespace(weights_digest(directory), geometry.digest(), dtype_name, CODEC),

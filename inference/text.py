@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
 
+from inference.stops import StopStrings
 from protocol.errors import InvalidRequest
 from protocol.ids import TokenArray
 from protocol.messages import ChatMessage, Manifest
 
-REPLACEMENT = "�"
 # A byte sequence that is no UTF-8 can grow by three bytes before it is known to be broken.
 _LONGEST_PENDING_TOKENS = 4
 
@@ -61,6 +62,52 @@ def prompt_tokens(tokenizer: Any, text: str, parent: Manifest | None) -> tuple[T
     return tokenize(tokenizer, text), False
 
 
+class Detokenizer:
+    """Text of tokens as they come, whole characters only: `tokenizers`' DecodeStream, which never stalls here.
+
+    A DecodeStream waits for ever on bytes that are no UTF-8, and keeps what it has at the end.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """tokenizer: the backend (tokenizers.Tokenizer) of a fast tokenizer."""
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._anchor: list[int] = []  # the last tokens with text: what the next ones are joined to
+        self._pending: list[int] = []
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose text did not come out yet."""
+        return len(self._pending)
+
+    def feed(self, token: int) -> str | None:
+        """Take one more token. Returns the text of all pending tokens, or None: it is not known yet."""
+        self._pending.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception as error:
+            # Decoders that change text which they had given out before, as some do at punctuation.
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            return self.flush()
+        if text is None:
+            return self.flush() if len(self._pending) > _LONGEST_PENDING_TOKENS else None
+        self._anchor, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """The text of all pending tokens as it is now, with U+FFFD for what is no character."""
+        before = self._decode(self._anchor)
+        text = self._decode(self._anchor + self._pending)[len(before) :]
+        self._pending = []
+        self._stream = DecodeStream(self._anchor, skip_special_tokens=True)
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
 class AnswerText:
     """The text of an answer, token by token.
 
@@ -70,67 +117,52 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.text = ""  # given out so far
-        self.stopped = False  # a stop string was met; `text` ends before it
-        self._tokenizer = tokenizer
-        self._stop = tuple(s for s in stop if s)
-        self._ids: list[int] = []
-        self._stable = ""  # text of tokens whose characters are complete
-        self._window = 0  # decoding starts here: far enough back that joining rules see their neighbours
-        self._decoded = 0  # tokens whose text is in _stable
-        self._ends: list[tuple[int, int]] = [(0, 0)]  # (tokens, length of _stable) wherever _stable grew
+        self._detokenizer = Detokenizer(tokenizer.backend_tokenizer)
+        self._stops = StopStrings(stop)
+        self._tokens = 0
+        self._ends: list[tuple[int, int]] = [(0, 0)]  # (tokens, length of their text) wherever characters are whole
+        self._settled = 0  # index in _ends
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met; `text` ends before it."""
+        return self._stops.is_met
 
     def feed(self, token: int) -> str:
         """Take one more token. Returns the text that became final, which may be empty."""
-        self._ids.append(token)
-        before = self._decode(self._window, self._decoded)
-        after = self._decode(self._window, len(self._ids))
-        pending = len(self._ids) - self._decoded
-        if len(after) > len(before) and (not after.endswith(REPLACEMENT) or pending > _LONGEST_PENDING_TOKENS):
-            self._accept(after[len(before) :])
-        return self._give_out(final=False)
+        self._tokens += 1
+        piece = self._detokenizer.feed(token)
+        return "" if piece is None else self._accept(piece)
 
     def finish(self) -> str:
         """The answer is over. Returns what was held back."""
-        if self._decoded < len(self._ids) and not self.stopped:
-            before = self._decode(self._window, self._decoded)
-            self._accept(self._decode(self._window, len(self._ids))[len(before) :])
-        return self._give_out(final=True)
+        piece = ""
+        if self._detokenizer.pending and not self.stopped:
+            piece = self._accept(self._detokenizer.flush())
+        held = self._stops.finish()
+        self.text += held
+        return piece + held
 
     def token_boundary(self) -> tuple[int, int]:
         """The most tokens whose text lies wholly within `text`: (tokens, length of their text)."""
         return max(end for end in self._ends if end[1] <= len(self.text))
 
-    def _accept(self, piece: str) -> None:
-        self._stable += piece
-        self._window, self._decoded = self._decoded, len(self._ids)
-        self._ends.append((self._decoded, len(self._stable)))
+    @property
+    def settled(self) -> int:
+        """How many leading tokens are settled: a part of their text is in `text`, or they have none."""
+        ends, given = self._ends, len(self.text)
+        while self._settled + 1 < len(ends):
+            start, end = ends[self._settled][1], ends[self._settled + 1][1]
+            if start >= given and end > given:
+                break
+            self._settled += 1
+        return ends[self._settled][0]
 
-    def _give_out(self, *, final: bool) -> str:
-        if self.stopped:
-            return ""
-        start = len(self.text)
-        end = len(self._stable)
-        # A stop string that was not there before ends in the new part, so it begins at most its length earlier.
-        found = [at for s in self._stop if (at := self._stable.find(s, max(0, start - len(s)))) >= 0]
-        if found:
-            self.stopped = True
-            end = min(found)
-        elif not final:
-            end -= max((_overlap(self._stable, s) for s in self._stop), default=0)
-        piece = self._stable[start:end]
-        self.text += piece
-        return piece
-
-    def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How long an end of `text` is the beginning of `stop`, short of the whole."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    def _accept(self, piece: str) -> str:
+        self._ends.append((self._tokens, self._ends[-1][1] + len(piece)))
+        out = self._stops.feed(piece)
+        self.text += out
+        return out
 
 
 # What models of different families write where they call a tool.

@@ -12,6 +12,8 @@ import numpy as np
 
 from inference.context import History, Known, Wanted, account, account_chunks, known_history, wanted_chunks
 from inference.engine import Job
+from inference.guided import Guide
+from inference.logprobs import Logprobs
 from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
 from inference.save import SaveTask
@@ -20,9 +22,9 @@ from inference.text import AnswerText, calls_tool, prompt_tokens, render
 from inference.working_kv import WorkingKv
 from monitoring.logs import get_logger
 from protocol import ids
-from protocol.errors import ContextLengthExceeded, InternalError
+from protocol.errors import CachedAttentionError, ContextLengthExceeded, InternalError, InvalidRequest
 from protocol.ids import TokenArray
-from protocol.messages import Acquire, Manifest, RunTurn, TurnDelta, TurnDone, TurnStarted, TurnUsage
+from protocol.messages import Acquire, Manifest, RunTurn, SampledLogprobs, TurnDelta, TurnDone, TurnStarted, TurnUsage
 from protocol.rpc import Call
 
 if TYPE_CHECKING:
@@ -98,8 +100,12 @@ class Turn:
 
     # -- listener, on the engine's thread -----------------------------------------------------------------
 
-    def on_token(self, job: Job, token: int, text: str) -> None:
-        self._tell(TurnDelta(text, ids.pack_tokens([token])))
+    def on_token(self, job: Job, token: int, text: str, logprobs: SampledLogprobs | None) -> None:
+        packed = ids.pack_tokens([token])
+        if logprobs is None:
+            self._tell(TurnDelta(text, packed))
+        else:
+            self._tell(TurnDelta(text, packed, (logprobs,), job.answer.settled))
 
     def on_done(self, job: Job) -> None:
         self._tell(None)
@@ -108,7 +114,8 @@ class Turn:
         self._tell(failure)
 
     def on_failed(self, job: Job, error: Exception) -> None:
-        self._tell(InternalError(f"{type(error).__name__}: {error}"))
+        known = isinstance(error, CachedAttentionError)
+        self._tell(error if known else InternalError(f"{type(error).__name__}: {error}"))
 
     def _tell(self, event: TurnDelta | Exception | None) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -123,14 +130,14 @@ class Turn:
         admitted_s = time.monotonic()
         plan = await self._plan()
         await self._call.send(TurnStarted(len(plan.prompt)))
-        done = self._already_done(plan)
+        done = await self._already_done(plan)
         if done is not None:
             return done
         failure_reason = ""
         # Once as planned, once more where chunks turned out bad on the way, and then without the store.
         for use_store in (True, True, False):
             begun = await self._begin(plan, use_store=use_store)
-            job = self._job(plan, begun, admitted_s)
+            job = self._job(plan, begun, await self._sampler(plan), admitted_s)
             try:
                 self._service.engine.submit(job)
                 failure = await self._follow(job)
@@ -151,6 +158,7 @@ class Turn:
 
     async def _plan(self) -> Plan:
         service, request = self._service, self._request
+        await self._check_sampling()
         parent, lost_reason = await self._parent()
         text = await asyncio.to_thread(render, service.model.tokenizer, request.messages)
         prompt, continues = await asyncio.to_thread(prompt_tokens, service.model.tokenizer, text, parent)
@@ -166,6 +174,28 @@ class Turn:
         known = known_history(prompt, parent, continues, request.parent_tokens, lost_reason)
         wanted = wanted_chunks(namespace, prompt, parent, continues, service.config.chunk_tokens)
         return Plan(text, prompt, namespace, known, wanted)
+
+    async def _check_sampling(self) -> None:
+        """Raises InvalidRequest: what only the model's tokens show to be impossible."""
+        sampling, vocabulary = self._request.sampling, self._service.model.vocabulary
+        for token, _ in sampling.logit_bias:
+            if token >= vocabulary.size:
+                raise InvalidRequest(
+                    f"logit_bias: there is no token {token}; the model has {vocabulary.size}", param="logit_bias"
+                )
+        if sampling.json_schema:
+            await self._service.guides.guide(sampling.json_schema)
+        if sampling.logprobs is not None:
+            await asyncio.to_thread(vocabulary.bytes_of, 0)  # slow the first time
+
+    async def _sampler(self, plan: Plan) -> Sampler:
+        """A sampler that knows the tokens of an earlier attempt."""
+        service, sampling = self._service, self._request.sampling
+        guide = await service.guides.guide(sampling.json_schema) if sampling.json_schema else None
+        sampler = Sampler(sampling, service.model.vocabulary.size, plan.prompt, guide)
+        for token in ids.unpack_tokens(self._request.resume_tokens).tolist():
+            sampler.accept(token)
+        return sampler
 
     async def _parent(self) -> tuple[Manifest | None, str]:
         service, key = self._service, self._request.parent_turn_key
@@ -224,14 +254,13 @@ class Turn:
             )
         )
 
-    def _job(self, plan: Plan, begun: Begun, admitted_s: float) -> Job:
+    def _job(self, plan: Plan, begun: Begun, sampler: Sampler, admitted_s: float) -> Job:
         service, request = self._service, self._request
         resumed = ids.unpack_tokens(request.resume_tokens).tolist()
         answer = AnswerText(service.model.tokenizer, request.sampling.stop)
         for token in resumed:
             answer.feed(token)  # the client has this text already
-        sampler = Sampler(request.sampling)
-        sampler.skip(len(resumed))
+        wanted = request.sampling.logprobs
         kv = begun.kv
         load = None
         if begun.lease is not None and service.store is not None:
@@ -259,6 +288,7 @@ class Turn:
             listener=self,
             load=load,
             save=save,
+            logprobs=None if wanted is None else Logprobs(service.model.vocabulary, wanted),
             admitted_s=admitted_s,
         )
 
@@ -313,9 +343,10 @@ class Turn:
             prefill_s=max(0.0, job.first_token_s - job.admitted_s),
             decode_s=max(0.0, job.done_s - job.first_token_s),
             load_s=load.busy_s if load is not None else 0.0,
+            settled=job.answer.settled,
         )
 
-    def _already_done(self, plan: Plan) -> TurnDone | None:
+    async def _already_done(self, plan: Plan) -> TurnDone | None:
         """The outcome, where an earlier attempt had sampled the whole answer and died before it could say so."""
         request = self._request
         resumed = ids.unpack_tokens(request.resume_tokens).tolist()
@@ -325,17 +356,19 @@ class Turn:
         ended = resumed[-1] in self._service.model.eos_ids
         for token in resumed[:-1] if ended else resumed:
             answer.feed(token)
-        if not ended and not answer.stopped and len(resumed) < self._max_tokens(len(plan.prompt)):
+        stopped = ended or answer.stopped or (await self._sampler(plan)).is_over
+        if not stopped and len(resumed) < self._max_tokens(len(plan.prompt)):
             return None
         answer.finish()
         usage = account(len(plan.prompt), len(resumed), History(), plan.known, "evicted")
         return TurnDone(
-            finish_reason="stop" if ended or answer.stopped else "length",
+            finish_reason="stop" if stopped else "length",
             turn_key=ids.turn_key(request.request_key, ids.Message("assistant", answer.text)),
             text=answer.text,
             tokens=request.resume_tokens,
             usage=usage,
             prompt_tokens=ids.pack_tokens(plan.prompt) if request.return_prompt_tokens else b"",
+            settled=answer.settled,
         )
 
     def _limit(self) -> int:

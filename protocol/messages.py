@@ -107,11 +107,21 @@ class ChatMessage:
 
 @message("sampling")
 class Sampling:
+    """How tokens are chosen. The defaults change nothing; inference/sampling.py says in which order they act."""
+
     max_tokens: Count = 0  # 0: up to the end of the context
     temperature: Float = 1.0  # 0: greedy
     top_p: Float = 1.0
     stop: tuple[Str, ...] = ()
-    seed: Int | None = None
+    seed: Int | None = None  # None: any; a turn that may be run again brings one
+    top_k: Count = 0  # 0: all tokens
+    min_p: Float = 0.0
+    repetition_penalty: Float = 1.0
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    logit_bias: tuple[tuple[Count, Float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: Count | None = None  # None: not wanted; else so many alternatives for each token
+    json_schema: Str = ""  # the answer is JSON that this schema allows; empty: it is text
 
 
 @message("run_turn")
@@ -159,12 +169,35 @@ class TurnStarted:
     prompt_tokens: Count
 
 
+@message("token_logprob")
+class TokenLogprob:
+    """A token as its bytes, which need not be whole characters, and its natural log probability."""
+
+    bytes: Bytes
+    logprob: Float
+
+
+@message("sampled_logprobs")
+class SampledLogprobs:
+    """A sampled token, and the most probable ones in its place, best first. As the model has it: before any bias,
+    penalty, temperature or schema."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
 @message("turn_delta")
 class TurnDelta:
-    """A piece of the answer: text that is final, and the tokens sampled since the last delta."""
+    """A piece of the answer: text that is final, and the tokens sampled since the last delta.
+
+    Where logprobs were asked for: those of `tokens`, and how many tokens of the answer are settled so far: text of
+    theirs was given out, or they have none. What a stop string may still take back is not settled.
+    """
 
     text: Str
     tokens: Tokens
+    logprobs: tuple[SampledLogprobs, ...] = ()
+    settled: Count = 0
 
 
 @message("turn_done")
@@ -178,6 +211,7 @@ class TurnDone:
     prefill_s: Float = 0.0  # admission to first token, the paper's TTFT
     decode_s: Float = 0.0
     load_s: Float = 0.0  # busy time of the loader for this turn
+    settled: Count = 0  # leading `tokens` that made `text`: neither the end token nor those behind a stop string
 
 
 # -- inference to kvdaemon --------------------------------------------------------------------------------

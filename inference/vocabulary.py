@@ -1,0 +1,59 @@
+"""The tokens of a model as bytes, which is what grammars and log probabilities speak of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from typing import Any
+
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from monitoring.logs import get_logger
+
+log = get_logger(__name__)
+
+
+class Vocabulary:
+    """Every token's bytes. Safe from any thread."""
+
+    def __init__(self, tokenizer: Any, size: int, eos_ids: Collection[int]) -> None:
+        """tokenizer: transformers' fast one. size: of the logits, which may be more than the tokenizer's."""
+        self.size = size
+        self._tokenizer = tokenizer
+        self._eos_ids = sorted(eos_ids)
+        self._lock = threading.Lock()
+        self._trie: LLTokenizer | None = None
+        self._is_unreadable = ""
+
+    def trie(self) -> LLTokenizer:
+        """The tokens as llguidance has them. Slow the first time: a second for a hundred thousand tokens.
+
+        Raises ValueError: a tokenizer of a kind that llguidance does not read.
+        """
+        with self._lock:
+            if self._is_unreadable:
+                raise ValueError(self._is_unreadable)
+            if self._trie is None:
+                try:
+                    self._trie = from_tokenizer(
+                        self._tokenizer,
+                        n_vocab=max(self.size, len(self._tokenizer)),
+                        eos_token=self._eos_ids or None,
+                        slices=LLTokenizer.json_slices(),
+                    )
+                except Exception as error:  # it names no class; nothing but this tokenizer is at fault
+                    self._is_unreadable = f"{type(error).__name__}: {error}"
+                    log.warning("tokens have no bytes", reason=self._is_unreadable)
+                    raise ValueError(self._is_unreadable) from error
+            return self._trie
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that `token` adds to a text; where they cannot be known, those of its text alone."""
+        if self._tokenizer.convert_ids_to_tokens(token) is None:  # logits are padded
+            return b""
+        try:
+            return bytes(self.trie().decode_bytes([token]))
+        except ValueError:
+            text: str = self._tokenizer.decode([token])
+            return text.encode()
