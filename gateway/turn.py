@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.conversation import Transcript, answer_key
 from gateway.journal.journal import Parent
 from gateway.tenants import Tenant
 from protocol.errors import CachedAttentionError, Cancelled, InternalError, PeerProtocolError
 from protocol.ids import conversation_root, new_id
-from protocol.messages import ChatMessage, ModelInfo, RunTurn, Sampling, TurnDelta, TurnDone, TurnStarted
+from protocol.messages import (
+    ChatMessage,
+    ModelInfo,
+    RunTurn,
+    SampledLogprobs,
+    Sampling,
+    TurnDelta,
+    TurnDone,
+    TurnStarted,
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,15 @@ class TurnRequest:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer is whole and in the journal. `tail` is what the deltas did not carry, often nothing."""
+    """The answer is whole and in the journal. `tail` is what the deltas did not carry, often nothing.
+
+    logprobs: of all tokens that made the text, where they were asked for.
+    """
 
     done: TurnDone
     tail: TurnDelta
     ttft_s: float
+    logprobs: tuple[SampledLogprobs, ...] = ()
 
 
 Event = TurnStarted | TurnDelta | Finished
@@ -55,6 +69,12 @@ class Turn:
         self.first_token_s: float | None = None
         self.text = ""  # of the answer so far
         self.tokens = b""
+        self.logprobs: list[SampledLogprobs] = []  # of `tokens`, where they were asked for
+        self._shown = 0  # so many of them have gone to the client
+        # A seed of our own where the client gave none: an attempt draws as the one that it goes on after would have.
+        self._sampling = request.sampling
+        if self._sampling.seed is None:
+            self._sampling = replace(self._sampling, seed=secrets.randbits(63))
         self.task: asyncio.Task[None] | None = None
         self.aborted_by: CachedAttentionError | None = None
         self._settled = False
@@ -85,13 +105,13 @@ class Turn:
         """
         self.attempts += 1
         if not self.request.streaming:
-            self.text, self.tokens = "", b""
+            self.text, self.tokens, self.logprobs, self._shown = "", b"", [], 0
         return RunTurn(
             job_id=new_id(),
             messages=self.request.messages,
             request_key=self.transcript.request_key,
             tenant_salt=self.request.tenant.salt,
-            sampling=self.request.sampling,
+            sampling=self._sampling,
             parent_turn_key=self.parent.turn_key if self.parent else None,
             parent_tokens=self.parent.context_tokens if self.parent else 0,
             resume_tokens=self.tokens,
@@ -105,11 +125,23 @@ class Turn:
             self._events.put_nowait(started)
 
     def extend(self, delta: TurnDelta, now_s: float) -> None:
-        """Raises PeerProtocolError: the turn was never taken in."""
+        """Log probabilities go to the client with the text of their tokens, not while a stop string may take it back.
+
+        Raises PeerProtocolError: the turn was never taken in.
+        """
         self._note_token(now_s)
         self.text += delta.text
         self.tokens += delta.tokens
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+            delta = replace(delta, logprobs=self._show(delta.settled))
         self._events.put_nowait(delta)
+
+    def _show(self, settled: int) -> tuple[SampledLogprobs, ...]:
+        """The log probabilities of the first `settled` tokens, less those that were shown."""
+        found = tuple(self.logprobs[self._shown : settled])
+        self._shown += len(found)
+        return found
 
     def settle(self, done: TurnDone, now_s: float) -> TurnDelta:
         """Check the whole answer; nothing can abort the turn from here on. Returns what the deltas did not carry.
@@ -118,6 +150,8 @@ class Turn:
         """
         if not done.text.startswith(self.text) or not done.tokens.startswith(self.tokens):
             raise PeerProtocolError("inference ended a turn with another answer than it had streamed")
+        if self._sampling.logprobs is not None and 4 * len(self.logprobs) != len(done.tokens):
+            raise PeerProtocolError("inference ended a turn without all of its log probabilities")
         if done.turn_key != answer_key(self.transcript.request_key, done.text):
             raise InternalError("gateway and inference disagree about a turn key")
         usage = done.usage
@@ -125,7 +159,7 @@ class Turn:
             raise InternalError(f"the sources of a prompt do not add up to its length: {usage}")
         self._note_token(now_s)
         self._settled = True
-        tail = TurnDelta(done.text[len(self.text) :], done.tokens[len(self.tokens) :])
+        tail = TurnDelta(done.text[len(self.text) :], done.tokens[len(self.tokens) :], self._show(done.settled))
         self.text, self.tokens = done.text, done.tokens
         return tail
 

@@ -114,7 +114,8 @@ class Turns:
             turn.fail(reason)
         else:
             assert turn.first_token_s is not None
-            turn.finish(Finished(done, tail, turn.first_token_s - turn.request.arrived_s))
+            logprobs = tuple(turn.logprobs[: done.settled])
+            turn.finish(Finished(done, tail, turn.first_token_s - turn.request.arrived_s, logprobs))
             self._observe(turn, done)
 
     async def _answer(self, turn: Turn) -> TurnDone:

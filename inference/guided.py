@@ -15,11 +15,12 @@ from protocol.errors import InternalError, InvalidRequest
 PARAM = "response_format"
 
 _DEADLINE_S = 10.0
-# What bounds a compilation that nobody can stop. Of llguidance's own limits (some seconds for the worst schema) only the
-# size is lower, for it is what time and memory grow with.
+# A compilation cannot be stopped. llguidance's own limits end the worst one in seconds; of these only the size, which
+# time and memory grow with, is lower here.
 _MAX_GRAMMAR = 100_000
 # Without a bound a small model may write white space for ever; this much is a line break and a deep indentation.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+_TRIAL_TOKENS = 2
 _CACHED = 32  # schemas; clients send the same one with every turn
 
 
@@ -48,9 +49,11 @@ class Guide:
         return torch.from_numpy(mask)
 
     def accept(self, token: int) -> None:
-        """`token` was chosen. Raises InternalError: it is not allowed."""
-        if not self._matcher.consume_token(token):
-            raise InternalError(f"token {token} does not follow the schema: {_reason(self._matcher.get_error())}")
+        """`token` was chosen. Raises InternalError: it is not allowed. InvalidRequest: as `allowed`."""
+        if not self._matcher.try_consume_tokens([token]):
+            if self._matcher.is_error():
+                raise _refusal(self._matcher)
+            raise InternalError(f"token {token} does not follow the schema")
 
 
 class Guides:
@@ -89,14 +92,14 @@ class Guides:
             raise InvalidRequest(f"the schema cannot be read: {_reason(str(error))}", param=PARAM) from error
         limits = LLParserLimits(max_grammar_size=_MAX_GRAMMAR, verbose_errors=False)
         matcher = LLMatcher(trie, grammar, log_level=0, limits=limits)
-        # The first mask shows what is only found when the grammar is used: too many alternatives, or none.
-        trial = matcher.deep_copy()
-        if not trial.is_error():
-            trial.compute_bitmask()
-        if trial.is_error():
-            raise _refusal(trial)
-        if trial.is_stopped():
-            raise InvalidRequest("the schema allows no answer", param=PARAM)
+        if matcher.is_error():
+            raise _refusal(matcher)
+        # What is only found when a grammar is used, too many alternatives or none, mostly shows in the first tokens.
+        trial = Guide(matcher.deep_copy())
+        for _ in range(_TRIAL_TOKENS):
+            allowed = trial.allowed(self._vocabulary.size)
+            if not trial.is_over:
+                trial.accept(int(allowed.int().argmax()))
         return matcher
 
 

@@ -11,11 +11,11 @@ What a request asks for acts in vLLM's order (v1/sample/sampler.py), each as vLL
    top_p keeps the smallest set that holds so much of the rest
 6. a token is drawn from what is left
 
-The draw is the Gumbel-max trick in its exponential form: the token with the largest probability / noise, where the noise
-of every token id is Exp(1) from a counter-based generator (Philox), keyed by the seed, counted by the token's place in the
-answer. So a draw depends on nothing but the seed, the place and the probabilities: an answer that is broken off goes on
-with the same draws, and rounding, which differs with what else is in the batch, changes a token only where two of these
-ratios are equal to that precision.
+The draw is the Gumbel-max trick in its exponential form: the token with the largest probability / noise. Every token id
+has noise of its own, Exp(1) from a counter-based generator (Philox): its key is the seed, its counter the token's place
+in the answer. So a draw depends on nothing but the seed, the place and the probabilities. An answer that was broken off
+goes on with the same draws; and rounding, which differs with what else is in the batch, changes a token only where the
+two largest ratios are equal to that precision.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import numpy as np
 
 from inference.context import History, Known, Wanted, account, account_chunks, known_history, wanted_chunks
 from inference.engine import Job
-from inference.guided import Guide
 from inference.logprobs import Logprobs
 from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler

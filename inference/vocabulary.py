@@ -53,7 +53,8 @@ class Vocabulary:
         if self._tokenizer.convert_ids_to_tokens(token) is None:  # logits are padded
             return b""
         try:
-            return bytes(self.trie().decode_bytes([token]))
+            found = self.trie().decode_bytes([token])
         except ValueError:
-            text: str = self._tokenizer.decode([token])
-            return text.encode()
+            found = b""
+        # llguidance leaves out the byte 0xFF, which is in no text.
+        return found or str(self._tokenizer.decode([token])).encode()

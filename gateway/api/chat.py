@@ -119,6 +119,7 @@ def _shape(turn: Turn, asked: ChatRequest) -> CompletionShape:
         turn.model.model,
         turn.model.namespace,
         token_ids=bool(asked.return_token_ids),
+        logprobs=bool(asked.logprobs),
         stream_usage=asked.include_usage,
     )
 

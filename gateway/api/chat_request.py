@@ -6,6 +6,7 @@ would give is refused by name, for a wrong answer is worse than none.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,10 @@ from protocol.messages import ChatMessage, Sampling
 
 MAX_MESSAGES = 8192  # every message costs a digest and, at assistant messages, a key to look up
 _MAX_STOPS = 4
+_MAX_TOP_LOGPROBS = 20
+_MAX_BIASES = 1024
+_MAX_SCHEMA_BYTES = 64 * 1024
+_ANY_OBJECT = '{"type":"object"}'  # the schema of {"type": "json_object"}
 _LARGEST_COUNT = 2**31 - 1
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -25,15 +30,6 @@ _ROLES = ("system", "user", "assistant", "tool")
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -57,6 +53,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# A JSON object's keys are strings. Ten digits are more than any vocabulary needs, and than a message takes.
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -71,6 +71,20 @@ class RequestMessage(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+
+
+class JsonSchema(_Strict):
+    """OpenAI's. Every schema is followed strictly, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(_Strict):
@@ -88,6 +102,18 @@ class ChatRequest(_Strict):
         list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=_MAX_STOPS), BeforeValidator(_as_list)
     ] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=_MAX_BIASES)] | None
+    ) = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    # Not OpenAI's, but vLLM's:
+    top_k: Annotated[int, Field(ge=-1, le=_LARGEST_COUNT)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     return_token_ids: bool | None = None
 
@@ -106,7 +132,27 @@ class ChatRequest(_Strict):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
             seed=self.seed,
+            top_k=max(0, self.top_k or 0),  # -1 is vLLM's "all", 0 ours and transformers'
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            json_schema=self._json_schema(),
         )
+
+    def _json_schema(self) -> str:
+        """The schema as JSON in the client's own order, which is the order of the answer's properties."""
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return ""
+        if asked.json_schema is None:
+            return _ANY_OBJECT
+        text = json.dumps(asked.json_schema.schema_, separators=(",", ":"))
+        if len(text) > _MAX_SCHEMA_BYTES:
+            raise InvalidRequest(f"the schema is over the limit of {_MAX_SCHEMA_BYTES} bytes", param="response_format")
+        return text
 
     def chat_messages(self) -> tuple[ChatMessage, ...]:
         return tuple(
@@ -151,6 +197,13 @@ def _check_combinations(request: ChatRequest) -> None:
         raise InvalidRequest("'max_tokens' and 'max_completion_tokens' disagree; give one", param="max_tokens")
     if request.stream_options is not None and not request.streaming:
         raise InvalidRequest("'stream_options' is only allowed with 'stream': true", param="stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("'top_logprobs' is only allowed with 'logprobs': true", param="top_logprobs")
+    asked = request.response_format
+    if asked is not None and (asked.type == "json_schema") != (asked.json_schema is not None):
+        raise InvalidRequest(
+            "'response_format.json_schema' goes with type 'json_schema' and no other", param="response_format"
+        )
     for index, message in enumerate(request.messages):
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise InvalidRequest(
@@ -167,6 +220,11 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"'{param}' is required", param=param)
     if re.fullmatch(r"messages\[\d+\]\.role", param):
         return InvalidRequest(f"'{param}' must be one of {', '.join(_ROLES)}", param=param)
+    if param.startswith("logit_bias"):
+        return InvalidRequest(
+            f"'logit_bias' must be an object of at most {_MAX_BIASES} token ids, each with a number from -100 to 100",
+            param="logit_bias",
+        )
     if param == "n":
         return InvalidRequest("'n' must be 1; several answers at once are not supported", param=param)
     return InvalidRequest(f"'{param}': {first['msg']}", param=param)

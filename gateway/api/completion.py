@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.turn import Finished
 from protocol.ids import unpack_tokens
-from protocol.messages import TurnDelta, TurnUsage
+from protocol.messages import SampledLogprobs, TokenLogprob, TurnDelta, TurnUsage
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class CompletionShape:
     model: str
     fingerprint: bytes  # of weights, dtype and all else that decides the answer: ids.model_namespace
     token_ids: bool = False
+    logprobs: bool = False
     stream_usage: bool = False
 
     def completion(self, finished: Finished) -> dict[str, Any]:
@@ -27,7 +29,7 @@ class CompletionShape:
         choice: dict[str, Any] = {
             "index": 0,
             "message": {"role": "assistant", "content": done.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": self._logprobs(finished.logprobs),
             "finish_reason": done.finish_reason,
         }
         if self.token_ids:
@@ -42,9 +44,9 @@ class CompletionShape:
 
     def delta_chunks(self, delta: TurnDelta) -> list[dict[str, Any]]:
         """One chunk, or none where the delta has nothing that this client would see."""
-        if not delta.text and not (self.token_ids and delta.tokens):
+        if not delta.text and not (self.token_ids and delta.tokens) and not delta.logprobs:
             return []
-        return [self._chunk({"content": delta.text}, tokens=delta.tokens)]
+        return [self._chunk({"content": delta.text}, tokens=delta.tokens, logprobs=delta.logprobs)]
 
     def last_chunks(self, finished: Finished) -> list[dict[str, Any]]:
         """The rest of the answer, the end, and the usage where it was asked for."""
@@ -67,14 +69,35 @@ class CompletionShape:
             "system_fingerprint": f"fp_{self.fingerprint.hex()[:12]}",
         }
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None, tokens: bytes = b"") -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        tokens: bytes = b"",
+        logprobs: Sequence[SampledLogprobs] | None = None,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
         if self.token_ids:
             choice["token_ids"] = _token_list(tokens)
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
         if self.stream_usage:
             chunk["usage"] = None  # as OpenAI does: there in every chunk, filled in the last one
         return chunk
+
+    def _logprobs(self, entries: Sequence[SampledLogprobs]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = [_token(e.sampled) | {"top_logprobs": [_token(other) for other in e.top]} for e in entries]
+        return {"content": content, "refusal": None}
+
+
+def _token(entry: TokenLogprob) -> dict[str, Any]:
+    return {"token": entry.bytes.decode("utf-8", "replace"), "logprob": entry.logprob, "bytes": list(entry.bytes)}
 
 
 def usage(finished: Finished) -> dict[str, Any]:

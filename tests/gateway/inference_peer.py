@@ -9,6 +9,7 @@ remembers the contexts it served as a real one does: the part of a prompt that a
     "... [fail CODE] ..."           refuses with that error before it starts
     "... [going S] ..."             is on its way out: gives turns up for the first S seconds, still connected
     "... [break N] ..."             fails with an internal error after N tokens
+    "... [unsure] ..."              leaves the log probabilities that were asked for out
     "... [bytes] ..."               ends its answer with a byte that is no UTF-8
     "... [die N] ..."               kills its own process after N tokens, unless it is told to resume
     "... [die-once N FILE] ..."     the same, only while FILE is not there; makes it
@@ -35,6 +36,8 @@ from protocol.messages import (
     ModelInfo,
     QueueOrder,
     RunTurn,
+    SampledLogprobs,
+    TokenLogprob,
     TurnDelta,
     TurnDone,
     TurnStarted,
@@ -59,6 +62,12 @@ def answer_to(messages: Sequence[ChatMessage]) -> bytes:
     plain = re.sub(r" ?\[.*?\]", "", asked)
     said = f"You said: {plain} ✓".encode()
     return said + b"\xff" if "[bytes]" in asked else said
+
+
+def logprobs_of(token: int, top: int) -> SampledLogprobs:
+    """What a token is reported with; the alternatives are the letters from A on."""
+    sampled = TokenLogprob(b"" if token == END else bytes([token]), -token / 100)
+    return SampledLogprobs(sampled, tuple(TokenLogprob(bytes([65 + i]), -float(i)) for i in range(top)))
 
 
 class ScriptedInference:
@@ -120,7 +129,11 @@ class ScriptedInference:
                 raise RuntimeError("as scripted")
             _maybe_die(asked, at, resumed)
             text = _final_text(tokens, at + 1, len(tokens))[len(_final_text(tokens, at, len(tokens))) :]
-            await call.send(TurnDelta(text, pack_tokens(tokens[at : at + 1])))
+            logprobs, settled = (), 0
+            if turn.sampling.logprobs is not None and "[unsure]" not in asked:
+                logprobs = (logprobs_of(tokens[at], turn.sampling.logprobs),)
+                settled = len(_final_text(tokens, at + 1, len(tokens)).encode())
+            await call.send(TurnDelta(text, pack_tokens(tokens[at : at + 1]), logprobs, settled))
         text = _final_text(tokens, len(tokens), len(tokens))
         if "[bad-text]" in asked:
             text = "never streamed"
@@ -135,6 +148,7 @@ class ScriptedInference:
             usage,
             pack_tokens(prompt) if turn.return_prompt_tokens else b"",
             prefill_s=0.001,
+            settled=len(tokens) - (tokens[-1] == END),
         )
 
 

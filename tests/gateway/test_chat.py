@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
 from protocol.ids import unpack_tokens
-from protocol.messages import ChatMessage
-from tests.gateway.inference_peer import END, MODEL, answer_to, render
+from protocol.messages import ChatMessage, Sampling
+from tests.gateway.inference_peer import END, MODEL, answer_to, logprobs_of, render
 from tests.gateway.serving import ServedGateway, journaled, talk
 
 
@@ -182,6 +184,84 @@ def test_stream_without_extras_has_none(served: ServedGateway) -> None:
         assert "usage" not in chunk
         assert "token_ids" not in chunk["choices"][0]
         assert chunk["choices"][0]["delta"].get("content") != "" or "role" in chunk["choices"][0]["delta"]
+
+
+def test_sampling_fields_reach_inference(served: ServedGateway) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+    served.chat(
+        "hi",
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={"7": -100, "8": 2.5},
+        logprobs=True,
+        top_logprobs=3,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}},
+    )
+    served.chat("hi", top_k=-1, logprobs=True, response_format={"type": "json_object"})
+    served.chat("hi")
+    full, some, none = (turn.sampling for turn in served.peer.turns)
+    assert (full.top_k, full.min_p, full.repetition_penalty) == (5, 0.1, 1.2)
+    assert (full.presence_penalty, full.frequency_penalty) == (-1, 0.5)
+    assert full.logit_bias == ((7, -100), (8, 2.5))
+    assert (full.logprobs, some.logprobs) == (3, 0)
+    # In the client's order: it is the order in which the answer is written.
+    assert full.json_schema == '{"type":"object","properties":{"b":{"type":"integer"},"a":{"type":"null"}}}'
+    assert json.loads(some.json_schema) == {"type": "object"}
+    assert replace(none, seed=None) == Sampling()
+
+
+def test_a_turn_without_a_seed_gets_its_own(served: ServedGateway) -> None:
+    for text in ("one", "two"):
+        served.chat(text)
+    one, two = (turn.sampling.seed for turn in served.peer.turns)
+    assert None not in (one, two)
+    assert one != two
+
+
+def _entry(token: int, top: int) -> dict[str, Any]:
+    report = logprobs_of(token, top)
+    shown = [
+        {"token": e.bytes.decode("utf-8", "replace"), "logprob": e.logprob, "bytes": list(e.bytes)}
+        for e in (report.sampled, *report.top)
+    ]
+    return shown[0] | {"top_logprobs": shown[1:]}
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_logprobs_are_of_the_answers_tokens(served: ServedGateway, top: int) -> None:
+    """One entry for each token of the text, the end token not among them; streamed, they come with their text."""
+    asked = {"model": MODEL, "messages": talk("hi"), "logprobs": True, "top_logprobs": top}
+    expected = [_entry(token, top) for token in answer_to([ChatMessage("user", "hi")])]
+    whole = served.post(asked).json()["choices"][0]
+    assert whole["logprobs"] == {"content": expected, "refusal": None}
+    *chunks, _ = _events(served.post(asked | {"stream": True}))
+    found, text = [], ""
+    for choice in (json.loads(chunk)["choices"][0] for chunk in chunks):
+        text += choice["delta"].get("content", "")
+        found += (choice["logprobs"] or {"content": []})["content"]
+        assert bytes(byte for entry in found for byte in entry["bytes"]).decode() == text
+    assert found == expected
+    assert served.chat("hi")["choices"][0]["logprobs"] is None
+
+
+def test_openai_client_reads_logprobs(served: ServedGateway) -> None:
+    with served.openai() as client:
+        asked: dict[str, Any] = {"model": MODEL, "messages": talk("hi"), "logprobs": True, "top_logprobs": 1}
+        logprobs = client.chat.completions.create(**asked).choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.content is not None
+        assert "".join(entry.token for entry in logprobs.content).startswith("You said: hi")
+        streamed = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert [entry for part in streamed if part for entry in part.content or ()] == logprobs.content
+
+
+def test_missing_logprobs_are_a_broken_promise(served: ServedGateway) -> None:
+    reply = served.post({"model": MODEL, "messages": talk("x [unsure]"), "logprobs": True})
+    assert reply.status_code == 502
+    assert reply.json()["error"]["code"] == "peer_protocol_error"
 
 
 def test_answer_with_invalid_utf8_continues(served: ServedGateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,14 +118,14 @@ def test_draws_of_neighbouring_places_and_seeds_are_independent() -> None:
     along = draws(Sampling(seed=11), 20_001, logits=flat)
     across = [draws(Sampling(seed=seed), 1, logits=flat)[0] for seed in range(10_001)]
     for found in (along, across):
-        pairs = [5 * a + b for a, b in zip(found, found[1:], strict=False)]
+        pairs = [5 * a + b for a, b in itertools.pairwise(found)]
         assert chi_square(pairs, [1 / 25] * 25) < 51.2
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_field_means_what_it_says(data: st.DataObject) -> None:
-    """What is drawn has a probability by the plain definition, and greedy takes the best of it, for any fields at once."""
+    """What is drawn has a probability by the plain definition, and greedy takes the best of it, for any fields."""
     logits = data.draw(ANY_LOGITS)
     tokens = st.integers(0, len(logits) - 1)
     prompt, answer = data.draw(st.lists(tokens, max_size=6)), data.draw(st.lists(tokens, max_size=6))

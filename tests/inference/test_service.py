@@ -155,6 +155,55 @@ def test_seeds_repeat_and_stop_strings_end(serve: Any) -> None:
     serve(test)
 
 
+def test_a_seed_gives_the_same_beside_others_and_from_any_history(serve: Any) -> None:
+    """Drawn with every field at once: alone, in a crowd, with prefill in small pieces, with and without KV at hand."""
+    fields = {
+        "temperature": 1.3,
+        "top_p": 0.95,
+        "top_k": 200,
+        "min_p": 0.001,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.1,
+        "seed": 17,
+        "max_tokens": 40,
+    }
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        asked = [fresh(running, f"Story {i} " + "words " * (5 * i), **{**fields, "seed": i}) for i in range(5)]
+        alone = [(await stream(client, turn))[0].tokens for turn in asked]
+        assert len(set(alone)) == len(alone)
+        for _ in range(2):
+            again = (dataclasses.replace(turn, job_id=ids.new_id()) for turn in asked)
+            crowd = await asyncio.gather(*(stream(client, turn) for turn in again))
+            assert [done.tokens for done, _ in crowd] == alone
+        assert crowd[-1][0].usage.hbm
+        # A tenant of its own has nothing at hand, and computes it all.
+        elsewhere = [dataclasses.replace(t, job_id=ids.new_id(), tenant_salt=b"else") for t in asked]
+        assert [(await stream(client, turn))[0].tokens for turn in elsewhere] == alone
+
+    serve(test, step_tokens=32)
+
+
+def test_tokens_behind_a_stop_string_are_no_part_of_the_conversation(serve: Any, reference: Reference) -> None:
+    """The next turn continues the text that the client saw, from the KV of the tokens that made it."""
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        whole = await Conversation(client, running.model).say("Hello", temperature=1.0, seed=11, max_tokens=40)
+        stop = whole.text[12:15]
+        conversation = Conversation(client, running.model, b"another")
+        cut = await conversation.say("Hello", temperature=1.0, seed=11, max_tokens=40, stop=(stop,))
+        assert stop not in cut.text
+        second = await conversation.say("And the wind?")
+        prompt = tokens(second.prompt_tokens)
+        text = running.model.tokenizer.decode(prompt, skip_special_tokens=True)
+        assert text == "Hello" + cut.text + "And the wind?"
+        assert second.usage.hbm >= cut.usage.prompt_tokens
+        assert not reference.check(prompt, tokens(second.tokens))
+
+    serve(test)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_broken_off_turn_goes_on_where_it_stopped(serve: Any, temperature: float) -> None:
     """Given the tokens sampled so far, only what follows is streamed, and the whole answer is the same."""
