@@ -32,6 +32,7 @@ from protocol.messages import Sampling
 
 _GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less overflows
 _NUCLEUS = 1024  # so many tokens nearly always hold top_p; selecting them is far cheaper than sorting a vocabulary
+_LEAST_NOISE = np.finfo(np.float64).tiny  # for the one exponential in 2**64 that is zero
 _MASK64 = 2**64 - 1
 
 
@@ -54,9 +55,8 @@ class Sampler:
         self._seen: torch.Tensor | None = None  # [vocabulary] bool: in the prompt or the answer
         self._counts: torch.Tensor | None = None  # [vocabulary] float32: in the answer
         if sampling.logit_bias:
-            self._bias = torch.zeros(vocabulary)
-            for token, bias in sampling.logit_bias:
-                self._bias[token] += bias
+            tokens, biases = zip(*sampling.logit_bias, strict=True)
+            self._bias = torch.zeros(vocabulary).index_add_(0, torch.tensor(tokens), torch.tensor(biases))
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool)
             self._seen[torch.from_numpy(np.asarray(prompt, dtype=np.int64))] = True
@@ -115,7 +115,8 @@ class Sampler:
         # The place in the answer is the counter's highest word: no draw runs into the numbers of the next.
         generator = np.random.Generator(np.random.Philox(key=self._seed, counter=self._position << 192))
         noise = generator.standard_exponential(len(probabilities))
-        return int(np.argmax(probabilities.numpy() / np.maximum(noise, np.finfo(np.float64).tiny)))
+        np.maximum(noise, _LEAST_NOISE, out=noise)
+        return int(np.argmax(np.divide(probabilities.numpy(), noise, out=noise)))
 
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """`probabilities`, zero where min_p, top_k or top_p drop them. They need not add up to one."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from benchmarks.random_model import byte_tokenizer
-from inference.text import AnswerText, prompt_tokens, render, tokenize
+from inference.text import AnswerText, Detokenizer, prompt_tokens, render, tokenize
 from protocol import ids
 from protocol.errors import InvalidRequest
 from protocol.messages import ChatMessage, Manifest
@@ -48,6 +49,42 @@ def test_incomplete_character_is_held_back() -> None:
     tokens = tokenize(TOKENIZER, "a€").tolist()
     answer = AnswerText(TOKENIZER)
     assert [answer.feed(t) for t in tokens] == ["a", "", "", "€"]
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Llama 2's kind: words carry their space, and a character without a token is its bytes."""
+    pieces = ["<unk>", "▁", "▁he", "llo", "a", "▁b", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+FALLBACK = byte_fallback_tokenizer()
+FALLBACK_BYTES = FALLBACK.token_to_id("<0x00>")
+
+
+def detokenize(tokens: list[int]) -> str:
+    detokenizer = Detokenizer(FALLBACK)
+    return "".join([detokenizer.feed(token) or "" for token in tokens]) + detokenizer.flush()
+
+
+@given(st.lists(st.integers(1, FALLBACK_BYTES - 1) | st.sampled_from(["日", "🙂", "x"]), max_size=12))
+def test_words_with_spaces_and_fallback_bytes_are_joined_as_a_whole(parts: list[int | str]) -> None:
+    """Token by token gives what decoding all of it gives: spaces and characters across tokens included."""
+    tokens: list[int] = []
+    for part in parts:
+        tokens += [part] if isinstance(part, int) else [FALLBACK_BYTES + byte for byte in part.encode()]
+    assert detokenize(tokens) == FALLBACK.decode(tokens)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(1, FALLBACK_BYTES + 255), max_size=30), st.integers(0, 30))
+def test_text_that_later_bytes_would_change_stays_as_it_was_given(tokens: list[int], cut: int) -> None:
+    """Bytes that are no UTF-8 make this decoder take back earlier text; the stream goes on and takes nothing back."""
+    assert detokenize([*tokens, 2]).startswith(detokenize(tokens[:cut]).rstrip("\ufffd"))
+    assert detokenize([*tokens, *[FALLBACK_BYTES + 0xFF] * 5, 2]).endswith("he")
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
