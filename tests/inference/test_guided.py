@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import inference.guided
 import inference.service
-from inference.embedded.make import byte_tokenizer, embedded_model
 from inference.guided import Guide, Guides
 from inference.sampling import Sampler
 from inference.service import InferenceService
@@ -25,7 +24,7 @@ from protocol import ids
 from protocol.errors import InternalError, InvalidRequest
 from protocol.messages import RunTurn, Sampling
 from protocol.rpc import RpcClient
-from tests.inference.harness import Conversation, config_for, run, service, stream, tokens
+from tests.inference.harness import Conversation, byte_tokenizer, config_for, run, service, stream, tokens
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -184,18 +183,13 @@ def test_a_tokenizer_that_llguidance_cannot_read_is_told() -> None:
 # -- through the engine -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded_model(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
-def serve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(inference.service, "_STORE_WAIT_S", 0.0)
 
     def serve(test: Any) -> None:
         async def main() -> None:
-            async with service(config_for(model, tmp_path / "run")) as (running, client):
+            async with service(config_for("embedded", tmp_path / "run")) as (running, client):
                 await test(running, client)
 
         run(main())
@@ -252,8 +246,8 @@ def test_bad_requests_are_refused_before_they_start(serve: Any) -> None:
         with pytest.raises(InvalidRequest, match="wizard") as refused:
             await stream(client, ask(running, '{"type":"wizard"}'))
         assert refused.value.param == "response_format"
-        with pytest.raises(InvalidRequest, match="no token 400; the model has") as refused:
-            await stream(client, ask(running, "", logit_bias=((400, 1.0),)))
+        with pytest.raises(InvalidRequest, match="no token 1000000; the model has") as refused:
+            await stream(client, ask(running, "", logit_bias=((10**6, 1.0),)))
         assert refused.value.param == "logit_bias"
 
     serve(test)

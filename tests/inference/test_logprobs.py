@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import inference.service
-from inference.embedded.make import byte_tokenizer
 from inference.service import InferenceService
 from inference.vocabulary import Vocabulary
 from protocol import ids
@@ -20,6 +19,7 @@ from protocol.rpc import RpcClient
 from tests.inference.harness import (
     Conversation,
     Reference,
+    byte_tokenizer,
     config_for,
     make_model,
     run,
