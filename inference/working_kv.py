@@ -63,7 +63,11 @@ class Buffers:
                 self.spare_bytes -= best.nbytes
                 return best
         shape = self.shape
-        return torch.empty(shape.layers, _round_up(tokens), shape.kv_heads, dim, dtype=shape.dtype, device=shape.device)
+        # Made in a step, it would be an inference tensor, which no thread may write to outside of one.
+        with torch.inference_mode(False):
+            return torch.empty(
+                shape.layers, _round_up(tokens), shape.kv_heads, dim, dtype=shape.dtype, device=shape.device
+            )
 
     def warm(self, tokens: int) -> None:
         """Make and touch memory for one context of `tokens` tokens, so that the first turns do not pay for it."""

@@ -41,6 +41,19 @@ def test_growing_keeps_every_byte_and_old_readers() -> None:
     assert torch.equal(reader.span(1, 0, 200), raw[1, :200])
 
 
+def test_memory_that_a_step_made_is_everybodys() -> None:
+    """What a job grew into is written to by later turns outside of a step: the loader, a branch, a next turn."""
+    buffers = Buffers(SHAPE, 1 << 20)
+    with torch.inference_mode():
+        grown = WorkingKv(buffers, 10)
+        grown.ensure(1000)
+    del grown
+    kv = WorkingKv(buffers, 1000)
+    kv.begin(0, 0, 1000)
+    kv.write(0, 0, *(torch.ones(3, 2, 4) for _ in range(3)))
+    assert kv.keys[0, :3].sum() == kv.raw.keys[0, :3].sum() == 24
+
+
 def test_compact_keeps_the_partial_chunks_raw_keys() -> None:
     kv = filled(40)
     tail = kv.raw.span(1, 32, 40).clone()
