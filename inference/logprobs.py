@@ -27,4 +27,5 @@ class Logprobs:
         )
 
     def _entry(self, token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(self._vocabulary.bytes_of(token), max(logprob, _LEAST))
+        found = self._vocabulary.bytes_of(token)
+        return TokenLogprob(found, max(logprob, _LEAST), "" if found else self._vocabulary.name_of(token))

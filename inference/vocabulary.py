@@ -22,6 +22,7 @@ class Vocabulary:
         self.size = size
         self._tokenizer = tokenizer
         self._eos_ids = sorted(eos_ids)
+        self._special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._lock = threading.Lock()
         self._trie: LLTokenizer | None = None
         self._is_unreadable = ""
@@ -48,9 +49,13 @@ class Vocabulary:
                     raise ValueError(self._is_unreadable) from error
             return self._trie
 
+    def name_of(self, token: int) -> str:
+        """How the tokenizer writes `token`; empty where there is none."""
+        return self._tokenizer.convert_ids_to_tokens(token) or ""
+
     def bytes_of(self, token: int) -> bytes:
         """The bytes that `token` adds to a text; where they cannot be known, those of its text alone."""
-        if self._tokenizer.convert_ids_to_tokens(token) is None:  # logits are padded
+        if token in self._special or not self.name_of(token):  # or logits are padded
             return b""
         try:
             found = self.trie().decode_bytes([token])

@@ -171,10 +171,11 @@ class TurnStarted:
 
 @message("token_logprob")
 class TokenLogprob:
-    """A token as its bytes, which need not be whole characters, and its natural log probability."""
+    """A token as its bytes in a text, which need not be whole characters, and its natural log probability."""
 
     bytes: Bytes
     logprob: Float
+    name: Str = ""  # of a token that has no bytes, such as one that ends a message
 
 
 @message("sampled_logprobs")

@@ -97,7 +97,11 @@ class CompletionShape:
 
 
 def _token(entry: TokenLogprob) -> dict[str, Any]:
-    return {"token": entry.bytes.decode("utf-8", "replace"), "logprob": entry.logprob, "bytes": list(entry.bytes)}
+    return {
+        "token": entry.bytes.decode("utf-8", "replace") or entry.name,
+        "logprob": entry.logprob,
+        "bytes": list(entry.bytes) or None,
+    }
 
 
 def usage(finished: Finished) -> dict[str, Any]:

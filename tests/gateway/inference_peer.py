@@ -66,7 +66,7 @@ def answer_to(messages: Sequence[ChatMessage]) -> bytes:
 
 def logprobs_of(token: int, top: int) -> SampledLogprobs:
     """What a token is reported with; the alternatives are the letters from A on."""
-    sampled = TokenLogprob(b"" if token == END else bytes([token]), -token / 100)
+    sampled = TokenLogprob(b"" if token == END else bytes([token]), -token / 100, "<end>" * (token == END))
     return SampledLogprobs(sampled, tuple(TokenLogprob(bytes([65 + i]), -float(i)) for i in range(top)))
 
 

@@ -68,6 +68,7 @@ def check(done: TurnDone, found: list[SampledLogprobs], reference: Reference) ->
     for row, token, entry in zip(expected, sampled, found, strict=True):
         assert entry.sampled.logprob == pytest.approx(float(row[token]), abs=2e-4)
         assert entry.sampled.bytes == trie.bytes_of(token)
+        assert entry.sampled.name == ("" if entry.sampled.bytes else trie.name_of(token))
         values, best = row.topk(len(entry.top))
         assert [other.logprob for other in entry.top] == pytest.approx(values.tolist(), abs=2e-4)
         assert [other.bytes for other in entry.top] == [trie.bytes_of(int(i)) for i in best]
@@ -151,12 +152,12 @@ def test_they_cost_nothing_where_nobody_asks(serve: Any) -> None:
 
 
 def test_bytes_of_tokens() -> None:
-    """Every byte that UTF-8 has is itself, a special token its name, and an id without a token nothing."""
+    """Every byte that UTF-8 has is itself, a special token has a name alone, and an id without a token nothing."""
     vocabulary = Vocabulary(byte_tokenizer(), 300, [256])
     found = {vocabulary.bytes_of(token) for token in range(256)}
     assert found == {bytes([b]) for b in range(255)} | {"\ufffd".encode()}
-    assert vocabulary.bytes_of(256) == b"<|end|>"
-    assert vocabulary.bytes_of(299) == b""
+    assert (vocabulary.bytes_of(256), vocabulary.name_of(256)) == (b"", "<|end|>")
+    assert (vocabulary.bytes_of(299), vocabulary.name_of(299)) == (b"", "")
 
 
 def test_a_tokenizer_that_cannot_be_read_gives_text() -> None:
