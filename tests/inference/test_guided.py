@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
@@ -166,11 +167,26 @@ def test_a_schema_cannot_switch_our_bounds_off() -> None:
 
 
 def test_a_slow_compilation_is_refused_and_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference.guided, "_DEADLINE_S", 0.0)
+    """While one compiles, the loop goes on and others compile; after its deadline it is the caller's fault."""
+    release = threading.Event()
+
+    class SlowAtOne(Guides):
+        def _compile(self, schema: str) -> Any:
+            assert schema != "slow" or release.wait(60)
+            return super()._compile('{"const":1}' if schema == "slow" else schema)
 
     async def both() -> None:
-        with pytest.raises(InvalidRequest, match="does not compile in 0 s"):
-            await Guides(VOCABULARY).guide('{"type":"object"}')
+        guides = SlowAtOne(VOCABULARY)
+        slow = asyncio.ensure_future(guides.guide("slow"))
+        try:
+            await guides.guide('{"const":2}')
+            assert not slow.done()
+            monkeypatch.setattr(inference.guided, "_DEADLINE_S", 0.05)
+            with pytest.raises(InvalidRequest, match=r"does not compile in 0\.05 s"):
+                await guides.guide("slow")
+        finally:
+            release.set()
+        await slow
 
     run(both())
 
