@@ -24,6 +24,7 @@ from inference.text import AnswerText
 from inference.worker import Worker
 from inference.working_kv import WorkingKv
 from monitoring.logs import get_logger
+from protocol.errors import CallerError
 from protocol.ids import TokenArray
 from protocol.messages import SampledLogprobs
 
@@ -209,6 +210,8 @@ class Engine:
         try:
             self._take_token(job, logits)
         except Exception as error:  # a schema that cannot be followed any more, or a bug: this job's matter alone
+            if not isinstance(error, CallerError):
+                log.exception("sampling failed")
             self._remove(job)
             self._abandon_save(job)
             job.listener.on_failed(job, error)

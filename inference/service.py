@@ -12,7 +12,6 @@ import torch
 
 from inference.config import InferenceConfig
 from inference.engine import Engine, Job
-from inference.guided import Guides
 from inference.model import LoadedModel, load_model
 from inference.preload import Loader
 from inference.save import Saver
@@ -45,7 +44,6 @@ class InferenceService:
         self.model = model
         self.metrics = InferenceMetrics(registry)
         self.manifests = ManifestCache(_MANIFEST_CACHE_BYTES)
-        self.guides = Guides(model.vocabulary)
         self.buffers = Buffers(model.checked.shape, config.retain_bytes // 2 + _SPARE_BUFFER_BYTES)
         self.retained = RetentionPool(self.buffers, config.retain_bytes, config.chunk_tokens)
         self.store: Store | None = None

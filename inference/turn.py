@@ -12,6 +12,7 @@ import numpy as np
 
 from inference.context import History, Known, Wanted, account, account_chunks, known_history, wanted_chunks
 from inference.engine import Job
+from inference.guided import Guide, compile_schema
 from inference.logprobs import Logprobs
 from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
@@ -68,13 +69,14 @@ def _size(manifest: Manifest) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A turn's prompt and what is known about its history."""
+    """A turn's prompt, what is known about its history, and what its answer must follow."""
 
     text: str
     prompt: TokenArray
     namespace: bytes
     known: Known
     wanted: Wanted
+    guide: Guide | None  # at the answer's beginning
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,15 @@ class Turn:
         admitted_s = time.monotonic()
         plan = await self._plan()
         await self._call.send(TurnStarted(len(plan.prompt)))
-        done = await self._already_done(plan)
+        done = self._already_done(plan)
         if done is not None:
             return done
         failure_reason = ""
         # Once as planned, once more where chunks turned out bad on the way, and then without the store.
         for use_store in (True, True, False):
+            sampler = self._sampler(plan)
             begun = await self._begin(plan, use_store=use_store)
-            job = self._job(plan, begun, await self._sampler(plan), admitted_s)
+            job = self._job(plan, begun, sampler, admitted_s)
             try:
                 self._service.engine.submit(job)
                 failure = await self._follow(job)
@@ -157,7 +160,7 @@ class Turn:
 
     async def _plan(self) -> Plan:
         service, request = self._service, self._request
-        await self._check_sampling()
+        guide = await self._guide()
         parent, lost_reason = await self._parent()
         text = await asyncio.to_thread(render, service.model.tokenizer, request.messages)
         prompt, continues = await asyncio.to_thread(prompt_tokens, service.model.tokenizer, text, parent)
@@ -172,26 +175,24 @@ class Turn:
         namespace = ids.tenant_namespace(service.model.namespace, request.tenant_salt)
         known = known_history(prompt, parent, continues, request.parent_tokens, lost_reason)
         wanted = wanted_chunks(namespace, prompt, parent, continues, service.config.chunk_tokens)
-        return Plan(text, prompt, namespace, known, wanted)
+        return Plan(text, prompt, namespace, known, wanted, guide)
 
-    async def _check_sampling(self) -> None:
-        """Raises InvalidRequest: what only the model's tokens show to be impossible."""
+    async def _guide(self) -> Guide | None:
+        """Check what only the model's tokens show to be impossible. Raises InvalidRequest."""
         sampling, vocabulary = self._request.sampling, self._service.model.vocabulary
         for token, _ in sampling.logit_bias:
             if token >= vocabulary.size:
                 raise InvalidRequest(
                     f"logit_bias: there is no token {token}; the model has {vocabulary.size}", param="logit_bias"
                 )
-        if sampling.json_schema:
-            await self._service.guides.guide(sampling.json_schema)
         if sampling.logprobs is not None:
             await asyncio.to_thread(vocabulary.bytes_of, 0)  # slow the first time
+        return await compile_schema(vocabulary, sampling.json_schema) if sampling.json_schema else None
 
-    async def _sampler(self, plan: Plan) -> Sampler:
-        """A sampler that knows the tokens of an earlier attempt."""
-        service, sampling = self._service, self._request.sampling
-        guide = await service.guides.guide(sampling.json_schema) if sampling.json_schema else None
-        sampler = Sampler(sampling, service.model.vocabulary.size, plan.prompt, guide)
+    def _sampler(self, plan: Plan) -> Sampler:
+        """A sampler that knows the tokens of an earlier attempt. Raises InternalError: they break the schema."""
+        guide = None if plan.guide is None else plan.guide.copy()
+        sampler = Sampler(self._request.sampling, self._service.model.vocabulary.size, plan.prompt, guide)
         for token in ids.unpack_tokens(self._request.resume_tokens).tolist():
             sampler.accept(token)
         return sampler
@@ -345,7 +346,7 @@ class Turn:
             settled=job.answer.settled,
         )
 
-    async def _already_done(self, plan: Plan) -> TurnDone | None:
+    def _already_done(self, plan: Plan) -> TurnDone | None:
         """The outcome, where an earlier attempt had sampled the whole answer and died before it could say so."""
         request = self._request
         resumed = ids.unpack_tokens(request.resume_tokens).tolist()
@@ -355,7 +356,7 @@ class Turn:
         ended = resumed[-1] in self._service.model.eos_ids
         for token in resumed[:-1] if ended else resumed:
             answer.feed(token)
-        stopped = ended or answer.stopped or (await self._sampler(plan)).is_over
+        stopped = ended or answer.stopped or self._sampler(plan).is_over
         if not stopped and len(resumed) < self._max_tokens(len(plan.prompt)):
             return None
         answer.finish()

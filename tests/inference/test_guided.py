@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import inference.guided
 import inference.service
-from inference.guided import Guide, Guides
+from inference.guided import Guide, compile_schema
 from inference.sampling import Sampler
 from inference.service import InferenceService
 from inference.vocabulary import Vocabulary
@@ -75,7 +75,7 @@ def schema_of(kind: Any) -> str:
 
 
 def compiled(schema: str) -> Guide:
-    return run(Guides(VOCABULARY).guide(schema))
+    return run(compile_schema(VOCABULARY, schema))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -112,22 +112,30 @@ def test_what_is_not_allowed_is_not_accepted() -> None:
         compiled('{"type":"integer"}').accept(TOKENIZER.convert_tokens_to_ids("x"))
 
 
-def test_a_guide_is_its_answers_alone() -> None:
-    """A schema is compiled once; answers that follow it at the same time do not see each other."""
-    guides = Guides(VOCABULARY)
-    one, other = run(guides.guide('{"enum":["ab"]}')), run(guides.guide('{"enum":["ab"]}'))
-    assert len(guides._compiled) == 1
+def test_a_copy_goes_its_own_way() -> None:
+    """Another attempt begins where the answer began."""
+    first = compiled('{"enum":["ab"]}')
+    again = first.copy()
     for letter in '"ab':
-        one.accept(TOKENIZER.convert_tokens_to_ids(letter))
-    assert other.allowed(300).nonzero().flatten().tolist() == [TOKENIZER.convert_tokens_to_ids('"')]
+        first.accept(TOKENIZER.convert_tokens_to_ids(letter))
+    assert again.allowed(300).nonzero().flatten().tolist() == [TOKENIZER.convert_tokens_to_ids('"')]
 
 
-def test_the_latest_schemas_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference.guided, "_CACHED", 2)
-    guides = Guides(VOCABULARY)
-    for schema in ('{"const":1}', '{"const":2}', '{"const":1}', '{"const":3}'):
-        run(guides.guide(schema))
-    assert list(guides._compiled) == ['{"const":1}', '{"const":3}']
+def test_an_answer_that_outgrows_the_lexer_ends_and_harms_no_other() -> None:
+    """A pattern with a million states is followed as far as the limit goes, and as far again by the next answer."""
+    schema = '{"type":"string","pattern":"^(a|b)*a(a|b){20}$"}'
+    letters = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "ab"]
+    generator = torch.Generator().manual_seed(0)
+
+    def follow(guide: Guide) -> None:
+        guide.accept(TOKENIZER.convert_tokens_to_ids('"'))
+        for bit in torch.randint(2, (200_000,), generator=generator).tolist():
+            guide.allowed(300)
+            guide.accept(letters[bit])
+
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="cannot be followed"):
+            follow(compiled(schema))
 
 
 @pytest.mark.parametrize(
@@ -170,20 +178,22 @@ def test_a_slow_compilation_is_refused_and_blocks_nobody(monkeypatch: pytest.Mon
     """While one compiles, the loop goes on and others compile; after its deadline it is the caller's fault."""
     release = threading.Event()
 
-    class SlowAtOne(Guides):
-        def _compile(self, schema: str) -> Any:
-            assert schema != "slow" or release.wait(60)
-            return super()._compile('{"const":1}' if schema == "slow" else schema)
+    compile_now = inference.guided._compile
+
+    def compile_when_released(vocabulary: Vocabulary, schema: str) -> Guide:
+        assert schema == '{"const":2}' or release.wait(60)
+        return compile_now(vocabulary, schema)
+
+    monkeypatch.setattr(inference.guided, "_compile", compile_when_released)
 
     async def both() -> None:
-        guides = SlowAtOne(VOCABULARY)
-        slow = asyncio.ensure_future(guides.guide("slow"))
+        slow = asyncio.ensure_future(compile_schema(VOCABULARY, '{"const":1}'))
         try:
-            await guides.guide('{"const":2}')
+            await compile_schema(VOCABULARY, '{"const":2}')
             assert not slow.done()
             monkeypatch.setattr(inference.guided, "_DEADLINE_S", 0.05)
             with pytest.raises(InvalidRequest, match=r"does not compile in 0\.05 s"):
-                await guides.guide("slow")
+                await compile_schema(VOCABULARY, '{"const":1}')
         finally:
             release.set()
         await slow
@@ -193,7 +203,7 @@ def test_a_slow_compilation_is_refused_and_blocks_nobody(monkeypatch: pytest.Mon
 
 def test_a_tokenizer_that_llguidance_cannot_read_is_told() -> None:
     with pytest.raises(InvalidRequest, match="tokenizer cannot follow schemas"):
-        run(Guides(Vocabulary(TOKENIZER, 300, [10**9])).guide('{"type":"object"}'))
+        run(compile_schema(Vocabulary(TOKENIZER, 300, [10**9]), '{"type":"object"}'))
 
 
 # -- through the engine -------------------------------------------------------------------------------------------
