@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from inference.vocabulary import Vocabulary
 from protocol.errors import InternalError, InvalidRequest
@@ -68,16 +68,16 @@ async def compile_schema(vocabulary: Vocabulary, schema: str) -> Guide:
     Raises InvalidRequest: it is no schema, uses what is not supported, or is too large or slow to compile.
     """
     try:
-        return await asyncio.wait_for(asyncio.to_thread(_compile, vocabulary, schema), _DEADLINE_S)
+        trie = await asyncio.to_thread(vocabulary.trie)
+    except ValueError as error:
+        raise InvalidRequest(f"this model's tokenizer cannot follow schemas: {error}", param=PARAM) from error
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(_compile, trie, vocabulary.size, schema), _DEADLINE_S)
     except TimeoutError as error:
         raise InvalidRequest(f"the schema does not compile in {_DEADLINE_S:g} s", param=PARAM) from error
 
 
-def _compile(vocabulary: Vocabulary, schema: str) -> Guide:
-    try:
-        trie = vocabulary.trie()
-    except ValueError as error:
-        raise InvalidRequest(f"this model's tokenizer cannot follow schemas: {error}", param=PARAM) from error
+def _compile(trie: LLTokenizer, vocabulary: int, schema: str) -> Guide:
     try:
         # Ours last, so that a schema's own "x-guidance" does not undo it.
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
@@ -89,7 +89,7 @@ def _compile(vocabulary: Vocabulary, schema: str) -> Guide:
     # What is only found when a grammar is used, too many alternatives or none, mostly shows in the first tokens.
     trial = Guide(matcher.deep_copy())
     for _ in range(_TRIAL_TOKENS):
-        allowed = trial.allowed(vocabulary.size)
+        allowed = trial.allowed(vocabulary)
         if not trial.is_over:
             trial.accept(int(allowed.int().argmax()))
     return Guide(matcher)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import torch
+from llguidance import LLTokenizer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import inference.guided
@@ -180,9 +181,9 @@ def test_a_slow_compilation_is_refused_and_blocks_nobody(monkeypatch: pytest.Mon
 
     compile_now = inference.guided._compile
 
-    def compile_when_released(vocabulary: Vocabulary, schema: str) -> Guide:
+    def compile_when_released(trie: LLTokenizer, vocabulary: int, schema: str) -> Guide:
         assert schema == '{"const":2}' or release.wait(60)
-        return compile_now(vocabulary, schema)
+        return compile_now(trie, vocabulary, schema)
 
     monkeypatch.setattr(inference.guided, "_compile", compile_when_released)
 
