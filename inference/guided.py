@@ -14,12 +14,12 @@ from protocol.errors import InternalError, InvalidRequest
 PARAM = "response_format"
 
 # A compilation cannot be stopped, but llguidance's own limits end it: the worst schemas we know take 0.13 s of CPU.
-# They bound each later step, too, and memory: a lexer's state takes a kilobyte, typical schemas need some hundreds.
+# They bound each later step, too, and memory: a lexer's state takes one or two kilobytes.
 _DEADLINE_S = 10.0
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # its words go to clients
 # Without a bound a small model may write white space for ever; this much is a line break and a deep indentation.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-_TRIAL_TOKENS = 2
+_TRIAL_TOKENS = 2  # an opening bracket and what comes first in it
 
 
 class Guide:
@@ -30,8 +30,10 @@ class Guide:
         self._matcher = matcher
 
     def copy(self) -> Guide:
-        """For another attempt at the same answer, and no other: copies share what llguidance's lexer learns, and its
-        limit."""
+        """For another attempt at the same answer, and nothing else.
+
+        Copies share what llguidance's lexer learns, and its limit.
+        """
         return Guide(self._matcher.deep_copy())
 
     @property

@@ -25,7 +25,7 @@ class Vocabulary:
         self._special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._lock = threading.Lock()
         self._trie: LLTokenizer | None = None
-        self._is_unreadable = ""
+        self._unreadable = ""
 
     def trie(self) -> LLTokenizer:
         """The tokens as llguidance has them. Slow the first time: a second for a hundred thousand tokens.
@@ -33,8 +33,8 @@ class Vocabulary:
         Raises ValueError: a tokenizer of a kind that llguidance does not read.
         """
         with self._lock:
-            if self._is_unreadable:
-                raise ValueError(self._is_unreadable)
+            if self._unreadable:
+                raise ValueError(self._unreadable)
             if self._trie is None:
                 try:
                     self._trie = from_tokenizer(
@@ -44,9 +44,9 @@ class Vocabulary:
                         slices=LLTokenizer.json_slices(),
                     )
                 except Exception as error:  # it names no class; nothing but this tokenizer is at fault
-                    self._is_unreadable = f"{type(error).__name__}: {error}"
-                    log.warning("tokens have no bytes", reason=self._is_unreadable)
-                    raise ValueError(self._is_unreadable) from error
+                    self._unreadable = f"{type(error).__name__}: {error}"
+                    log.warning("tokens have no bytes", reason=self._unreadable)
+                    raise ValueError(self._unreadable) from error
             return self._trie
 
     def name_of(self, token: int) -> str:
