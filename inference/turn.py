@@ -75,7 +75,8 @@ class Plan:
     prompt: TokenArray
     namespace: bytes
     known: Known
-    wanted: Wanted
+    parent: Manifest | None
+    continues: bool  # the prompt begins with the parent's tokens
     guide: Guide | None  # at the answer's beginning
 
 
@@ -174,8 +175,7 @@ class Turn:
             raise InternalError("the chat template rendered an empty prompt")
         namespace = ids.tenant_namespace(service.model.namespace, request.tenant_salt)
         known = known_history(prompt, parent, continues, request.parent_tokens, lost_reason)
-        wanted = wanted_chunks(namespace, prompt, parent, continues, service.config.chunk_tokens)
-        return Plan(text, prompt, namespace, known, wanted, guide)
+        return Plan(text, prompt, namespace, known, parent, continues, guide)
 
     async def _guide(self) -> Guide | None:
         """Check what only the model's tokens show to be impossible. Raises InvalidRequest."""
@@ -237,10 +237,20 @@ class Turn:
         kv.begin(stored.tokens, stored.tokens // chunk_tokens * chunk_tokens, capacity)
         return Begun(kv, stored, lease, miss_reason)
 
+    def _wanted(self, plan: Plan) -> Wanted:
+        """The chunks to ask for, by what is known of the parent now.
+
+        Its save may have ended since the plan was made: then its chunks have names, and its working KV may be gone.
+        """
+        service, parent = self._service, plan.parent
+        if parent is not None:
+            parent = service.manifests.get(parent.turn_key) or parent
+        return wanted_chunks(plan.namespace, plan.prompt, parent, plan.continues, service.config.chunk_tokens)
+
     async def _acquire(self, plan: Plan) -> tuple[Lease | None, str]:
         store = self._service.store
         assert store is not None
-        wanted = plan.wanted
+        wanted = self._wanted(plan)
         if not wanted.chunk_ids and wanted.partial_id is None:
             return None, ""
         return await store.acquire(
