@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import statistics
@@ -35,7 +36,7 @@ from protocol.ids import new_id
 from protocol.messages import Acquire
 
 _MIB = 2**20
-_ANSWER_S = 300.0
+_ANSWER_S = 120.0
 _WRITTEN_S = 120.0
 _FLUSHED_S = 5.0
 
@@ -69,14 +70,16 @@ class LmCache:
         self._answer()
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        """Raises RuntimeError: it failed, or died."""
+        """Raises RuntimeError: it failed, or died; TimeoutError: it does not answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._answers.readline()
+        if not select.select([self._answers], [], [], _ANSWER_S)[0]:
+            raise TimeoutError(f"LMCache does not answer within {_ANSWER_S:.0f} s")
+        line = self._answers.readline()  # one answer for each command: nothing is left in the buffer
         if not line:
             raise RuntimeError(f"LMCache's process ended with {self._process.wait(10)}")
         answer: dict[str, Any] = json.loads(line)
@@ -324,20 +327,31 @@ def _full_disk(shape: KvShape) -> dict[str, str]:
             )
         with _lmcache(small, ram, 64 * 2**30, shape) as theirs:
             _fill_up(filler, room)
-            refused = 0
-            for chunk in range(chunks):
-                theirs.ask("fill", which=0, first=chunk, chunks=1)
-                refused += theirs.ask("put", which=0, first=chunk, chunks=1)["refused"]
-                stuck = theirs.ask("drain", first=chunk, chunks=1, limit_s=1.0)["stuck"]
-            outcome = theirs.ask("check", first=0, chunks=chunks)
-            filler.unlink()
-            theirs.ask("fill", which=0, first=chunks, chunks=1)
-            after = theirs.ask("put", which=0, first=chunks, chunks=1)["refused"]
-            facts["full disk, LMCache"] = (
-                f"{refused} of {chunks} puts refused, the last write {'stuck' if stuck else 'ended'}; "
-                f"{_words(outcome)}; with room again a new put is {'refused' if after else 'taken'}"
-            )
+            facts["full disk, LMCache"] = _their_full_disk(theirs, filler, chunks)
     return facts
+
+
+def _their_full_disk(theirs: LmCache, filler: Path, chunks: int) -> str:
+    refused = 0
+    doing = "nothing"
+    try:
+        for chunk in range(chunks):
+            doing = f"put {chunk + 1} of {chunks}"
+            theirs.ask("fill", which=0, first=chunk, chunks=1)
+            refused += theirs.ask("put", which=0, first=chunk, chunks=1)["refused"]
+            stuck = theirs.ask("drain", first=chunk, chunks=1, limit_s=1.0)["stuck"]
+        doing = "reading what is there"
+        outcome = theirs.ask("check", first=0, chunks=chunks)
+        filler.unlink()
+        doing = "a put with room again"
+        theirs.ask("fill", which=0, first=chunks, chunks=1)
+        after = theirs.ask("put", which=0, first=chunks, chunks=1)["refused"]
+    except TimeoutError as error:
+        return f"{refused} puts refused, then stuck for good in {doing}: {error}"
+    return (
+        f"{refused} of {chunks} puts refused, the last write {'stuck' if stuck else 'ended'}; "
+        f"{_words(outcome)}; with room again a new put is {'refused' if after else 'taken'}"
+    )
 
 
 @contextlib.contextmanager
