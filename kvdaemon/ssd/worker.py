@@ -152,8 +152,10 @@ class SsdWorker:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
-            await self._in_thread(self._files.sync)
-            await self._in_thread(self._tables.close)
+            try:
+                await self._in_thread(self._files.sync)
+            finally:
+                await self._in_thread(self._tables.close)
         finally:
             self._database.shutdown()
             self._movers.shutdown()
@@ -161,19 +163,11 @@ class SsdWorker:
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         """Run on the database thread, to its end even where the caller is cancelled: pieces never overlap."""
-        return await self._run(self._database, function)
+        return await _to_its_end(asyncio.get_running_loop().run_in_executor(self._database, function))
 
     async def _moving(self, function: Callable[[], T]) -> T:
         """Run on a thread that may wait for the disk, to its end as well."""
-        return await self._run(self._movers, function)
-
-    async def _run(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        work = asyncio.get_running_loop().run_in_executor(pool, function)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait([work])
-            raise
+        return await _to_its_end(asyncio.get_running_loop().run_in_executor(self._movers, function))
 
     def _attached(self) -> Arena:
         if self._arena is None:
@@ -255,13 +249,17 @@ class SsdWorker:
 
     async def _remove(self, chunk_ids: Sequence[bytes]) -> list[ChunkRecord]:
         """Delete records and free their places. Returns those that were there. Raises Stalled, and as _free."""
-        async with self._leaving:
+
+        async def both() -> list[ChunkRecord]:
             async with self._turns.turn(BACKGROUND):
                 deleted, damaged = await self._in_thread(lambda: self._tables.delete_chunks(chunk_ids))
             if damaged:  # which alone knew where their KV is
                 self._needs_sweep = True
             await self._free([record.place for record in deleted])
-        return deleted
+            return deleted
+
+        async with self._leaving:
+            return await _to_its_end(both())  # a caller that is gone between them would leave places to nobody
 
     # -- places -------------------------------------------------------------------------------------------
 
@@ -289,7 +287,7 @@ class SsdWorker:
             after, more = b"", True
             while more:
                 async with self._turns.turn(BACKGROUND):
-                    page = await self._in_thread(partial(self._records, after))
+                    page = await self._in_thread(partial(self._records, after, _SWEEP_PAGE))
                 for item in page:
                     if isinstance(item, ChunkRecord):
                         self._files.clear(item.place)
@@ -300,8 +298,8 @@ class SsdWorker:
             await self._free(list(self._files.suspects()))
             self._is_swept.set()
 
-    def _records(self, after: bytes) -> list[ChunkRecord | bytes]:
-        return list(self._tables.records(after, _SWEEP_PAGE))
+    def _records(self, after: bytes, limit: int) -> list[ChunkRecord | bytes]:
+        return list(self._tables.records(after, limit))
 
     async def _sweep_often(self) -> None:
         while True:
@@ -326,8 +324,8 @@ class SsdWorker:
         slot = _checked_slot(arena, request.slot)
         while True:
             try:
-                async with self._writers:
-                    written = await self._copy_out(arena, slot, request.generation)
+                async with self._writers:  # whoever hears no answer: a record is put, or its place is free
+                    written = await _to_its_end(self._copy_out(arena, slot, request.generation))
             except PeerError as error:
                 self._note_failure(error)
                 raise
@@ -391,7 +389,7 @@ class SsdWorker:
         finally:
             if useless is not None:
                 with contextlib.suppress(CapacityError, PeerError):  # a sweep frees it
-                    await asyncio.shield(self._free([useless]))
+                    await self._free([useless])
             del self._writing[place]
 
     def _note_failure(self, error: PeerError) -> None:
@@ -415,7 +413,7 @@ class SsdWorker:
         if not 1 <= request.limit <= 65536:
             raise InvalidRequest("a page has 1 to 65536 records", param="limit")
         async with self._turns.turn(URGENT):
-            found = await self._in_thread(lambda: list(self._tables.records(request.after, request.limit)))
+            found = await self._in_thread(partial(self._records, request.after, request.limit))
         damaged = [item for item in found if isinstance(item, bytes)]
         if damaged:
             log.error("damaged chunk records on SSD", records=len(damaged))
@@ -501,7 +499,7 @@ class SsdWorker:
         if request.what == "manifests":
             return await self._scrub_manifests(request)
         async with self._turns.turn(BACKGROUND):
-            found = await self._in_thread(lambda: list(self._tables.records(request.after, _SCRUB_PAGE)))
+            found = await self._in_thread(partial(self._records, request.after, _SCRUB_PAGE))
         last = b""
         checked = size = 0
         damaged: list[bytes] = []
@@ -625,6 +623,16 @@ class SsdWorker:
                     log.info("oldest manifests dropped", manifests=dropped)
             except (CapacityError, PeerError) as error:
                 log.warning("manifests cannot be dropped", reason=error.message)
+
+
+async def _to_its_end(work: Awaitable[T]) -> T:
+    """Await work that goes on to its end where the caller is cancelled, who is so only then."""
+    future = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 def _written_bytes() -> int:

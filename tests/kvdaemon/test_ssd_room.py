@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvdaemon.ssd.chunk_files import ChunkFiles
 from kvdaemon.ssd.tables import ChunkRecord, Tables
+from kvdaemon.ssd.transfer import check_layers
 from kvdaemon.ssd.worker import SsdWorker, open_tier, stored_bytes
 from protocol.arena import Arena, Geometry, SlotState, layer_checksum
 from protocol.errors import CapacityError
@@ -98,6 +102,46 @@ def test_a_partial_chunk_takes_its_pages(tmp_path: Path) -> None:
     tables, files, _ = open_tier(tmp_path / "ssd", 32 * _MIB)
     arena = arena_with_a_chunk(tmp_path / "arena", tokens=5)
     asyncio.run(with_worker(tables, files, 32 * _MIB, arena, main))
+
+
+@pytest.mark.parametrize("work", ["write", "delete"])
+def test_a_worker_that_stops_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    """A record is put, or deleted, just as the worker is told to end: what a record speaks of is there, and what none
+    speaks of is not."""
+    tables, files, _ = open_tier(tmp_path / "ssd", 32 * _MIB)
+    arena = arena_with_a_chunk(tmp_path / "arena")
+    put_chunk, delete_chunks = tables.put_chunk, tables.delete_chunks
+    reached = threading.Event()
+
+    def slowly(done: Any) -> Any:
+        reached.set()
+        time.sleep(0.5)
+        return done
+
+    async def main(client: RpcClient, write: SsdWrite) -> None:
+        delete = SsdDelete((b"new chunk new ch",))
+        if work == "write":
+            monkeypatch.setattr(tables, "put_chunk", lambda record: slowly(put_chunk(record)))
+            request = client.request(write, SsdWritten, 10.0)
+        else:
+            assert (await client.request(write, SsdWritten, 10.0)).outcome == "ok"
+            monkeypatch.setattr(tables, "delete_chunks", lambda ids: slowly(delete_chunks(ids)))
+            request = client.request(delete, Ack, 10.0)  # type: ignore[assignment]
+        asking = asyncio.ensure_future(request)
+        assert await asyncio.to_thread(reached.wait, 10.0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(with_worker(tables, files, 32 * _MIB, arena, main))
+    tables, files, _ = open_tier(tmp_path / "ssd", 32 * _MIB)
+    found = list(tables.records(b"", 10))
+    assert len(found) == (work == "write")
+    for record in found:
+        assert isinstance(record, ChunkRecord)
+        assert check_layers(files, record, range(record.layers))
+    assert files.physical_bytes() == len(found) * _GEOMETRY.slot_bytes
+    files.close()
+    tables.close()
 
 
 async def with_worker(
