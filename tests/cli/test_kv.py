@@ -20,7 +20,16 @@ from protocol.arena import Geometry
 from protocol.messages import GeometryFields
 from tests.cli.running import cli
 from tests.faults.test_kvdaemon_full import small_disk
-from tests.kvdaemon.client import NAMESPACE, SMALL, DaemonProcess, StoreClient, eventually, running_daemon, stored_files
+from tests.kvdaemon.client import (
+    NAMESPACE,
+    SMALL,
+    DaemonProcess,
+    StoreClient,
+    eventually,
+    running_daemon,
+    stored_files,
+    written_behind,
+)
 from tests.kvdaemon.contexts import Turn, make_turn, markers, save_turn, tokens
 
 SECRET = "the user's own words"
@@ -91,7 +100,7 @@ def save(daemon: DaemonProcess, *turns: Turn, geometry: Geometry = SMALL) -> Non
             await save_turn(client, turn)
         await client.stop()
         if daemon.fields["ssd_bytes"]:
-            await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "chunks on SSD")
+            await written_behind(daemon)
             await eventually(lambda: "cachedattention_manifest_queue 0.0" in daemon.metrics(), "contexts on SSD")
 
     asyncio.run(main())

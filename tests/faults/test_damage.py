@@ -31,6 +31,7 @@ from tests.kvdaemon.client import (
     metric,
     running_daemon,
     stored_files,
+    written_behind,
 )
 from tests.kvdaemon.contexts import Turn, make_turn, save_turn, tokens
 
@@ -50,7 +51,7 @@ def seeded(test: str) -> random.Random:
 
 
 async def on_ssd(daemon: DaemonProcess) -> None:
-    await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD")
+    await written_behind(daemon)
     await eventually(lambda: "cachedattention_manifest_queue 0.0" in daemon.metrics(), "all manifests on SSD")
 
 

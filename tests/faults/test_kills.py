@@ -46,6 +46,7 @@ from tests.kvdaemon.client import (
     eventually,
     metric,
     running_daemon,
+    written_behind,
 )
 from tests.kvdaemon.contexts import Turn, make_turn
 
@@ -289,9 +290,7 @@ class Kills:
 
         await eventually(is_well, "recovery", 60.0)
         await self.client.rpc.request(QueueOrder(()), Ack, 5.0)
-        await eventually(
-            lambda: "cachedattention_write_behind_queue 0.0" in self.daemon.metrics(), "all chunks on SSD", 60.0
-        )
+        await written_behind(self.daemon, 60.0)
 
     # -- comparing ----------------------------------------------------------------------------------------
 

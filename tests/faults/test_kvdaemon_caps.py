@@ -19,7 +19,15 @@ import psutil
 import pytest
 
 from protocol.arena import Geometry
-from tests.kvdaemon.client import DaemonProcess, StoreClient, eventually, make_chain, metric, running_daemon
+from tests.kvdaemon.client import (
+    DaemonProcess,
+    StoreClient,
+    eventually,
+    make_chain,
+    metric,
+    running_daemon,
+    written_behind,
+)
 from tests.kvdaemon.contexts import make_turn, save_turn, tokens
 
 _MIB = 1024 * 1024
@@ -93,7 +101,7 @@ def test_churn(tmp_path: Path, cap_mib: int) -> None:
                     await client.load(make_chain(_GEOMETRY, 8, n - random_.randrange(3, 20)))
                 if n == rounds // 2:
                     await another_worker(daemon)
-            await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all on SSD", 60.0)
+            await written_behind(daemon, 60.0)
             await asyncio.sleep(3.0)  # the last flush and what it leads to
         status = await client.status()
         written = metric(daemon.metrics(), "cachedattention_ssd_disk_written_bytes_total")

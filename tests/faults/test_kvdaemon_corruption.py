@@ -20,6 +20,7 @@ from tests.kvdaemon.client import (
     metric,
     running_daemon,
     stored_files,
+    written_behind,
 )
 
 
@@ -27,10 +28,6 @@ from tests.kvdaemon.client import (
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     with running_daemon(tmp_path, verify="always") as process:
         yield process
-
-
-async def written_behind(daemon: DaemonProcess) -> None:
-    await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD")
 
 
 def test_flipped_bytes_in_the_arena_while_the_daemon_is_down(daemon: DaemonProcess) -> None:

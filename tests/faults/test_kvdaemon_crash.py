@@ -22,6 +22,7 @@ from tests.kvdaemon.client import (
     make_chain,
     metric,
     running_daemon,
+    written_behind,
 )
 
 FLUSHED_S = 3.0  # the worker flushes every 2 s
@@ -31,10 +32,6 @@ FLUSHED_S = 3.0  # the worker flushes every 2 s
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     with running_daemon(tmp_path) as process:
         yield process
-
-
-async def written_behind(daemon: DaemonProcess) -> None:
-    await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD")
 
 
 async def hits(client: StoreClient, chain: list[Kv], tier: str) -> bool:

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from protocol.arena import Geometry
-from tests.kvdaemon.client import SMALL, DaemonProcess, StoreClient, eventually, make_chain, metric, running_daemon
+from tests.kvdaemon.client import (
+    SMALL,
+    DaemonProcess,
+    StoreClient,
+    eventually,
+    make_chain,
+    metric,
+    running_daemon,
+    written_behind,
+)
 
 _MIB = 1024 * 1024
 
@@ -39,7 +48,7 @@ def test_full_disk(tmp_path: Path) -> None:
             filler = daemon.data_dir / "filler"
             client = await StoreClient(daemon.run_dir, geometry).start()
             await client.save(make_chain(geometry, 4, seed=0))
-            await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all on SSD")
+            await written_behind(daemon)
             free = os.statvfs(daemon.data_dir)
             filler.write_bytes(bytes(free.f_bavail * free.f_bsize - 8 * _MIB))
             for seed in range(1, 15):  # twice what fits into DRAM
@@ -53,7 +62,7 @@ def test_full_disk(tmp_path: Path) -> None:
             assert (await client.get_manifest(b"k" * 16)).manifest == manifest
             filler.unlink()
             await eventually(lambda: '"ok"' in daemon.health(), "recovery", 40.0)
-            await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all on SSD")
+            await written_behind(daemon)
             await eventually(lambda: "cachedattention_manifest_queue 0.0" in daemon.metrics(), "the manifest too")
             assert await client.load(make_chain(geometry, 4, seed=0)) == ["ssd"] * 4
             await client.stop()

@@ -15,7 +15,16 @@ import pytest
 from kvdaemon import failpoints
 from protocol.arena import Geometry
 from protocol.messages import Ack, QueueOrder
-from tests.kvdaemon.client import SMALL, DaemonProcess, StoreClient, eventually, make_chain, metric, running_daemon
+from tests.kvdaemon.client import (
+    SMALL,
+    DaemonProcess,
+    StoreClient,
+    eventually,
+    make_chain,
+    metric,
+    running_daemon,
+    written_behind,
+)
 from tests.kvdaemon.contexts import make_turn, save_turn, tokens
 
 _MIB = 1024 * 1024
@@ -36,12 +45,6 @@ def faulty_daemon(base: Path, **fields: int) -> Iterator[tuple[DaemonProcess, Pa
             control.unlink(missing_ok=True)
 
 
-async def on_ssd(daemon: DaemonProcess, timeout_s: float = 60.0) -> None:
-    await eventually(
-        lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD", timeout_s
-    )
-
-
 @pytest.mark.parametrize("how", ["stuck", "stopped"])
 def test_a_lease_grant_never_waits_for_the_ssd(tmp_path: Path, how: str) -> None:
     """Write-behind, a prefetch and a load are under way in a worker that is stuck: chunks in DRAM are leased and read,
@@ -57,7 +60,7 @@ def test_a_lease_grant_never_waits_for_the_ssd(tmp_path: Path, how: str) -> None
         for seed in range(10, 18):
             await client.save(make_chain(SMALL, 20, seed))
         await client.save(warm)
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         worker = daemon.worker_pid()
         assert worker is not None
         if how == "stuck":
@@ -91,7 +94,7 @@ def test_a_lease_grant_never_waits_for_the_ssd(tmp_path: Path, how: str) -> None
         else:
             os.kill(worker, signal.SIGCONT)
         await client.release(acquired.lease_id)
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         await eventually(lambda: '"ok"' in daemon.health(), "recovery", 40.0)
         assert await client.load(colder.chain) in (["ssd"] * 8, ["dram"] * 8)
         await client.stop()
@@ -107,7 +110,7 @@ def test_a_slow_disk(tmp_path: Path) -> None:
     async def main(daemon: DaemonProcess, control: Path) -> None:
         client = await StoreClient(daemon.run_dir, _LARGE).start()
         await client.save(make_chain(_LARGE, 4, seed=0))
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         control.write_text("put.before sleep 8\n")
         for seed in range(1, 9):  # twice what fits into DRAM
             await client.save(make_chain(_LARGE, 8, seed))
@@ -116,7 +119,7 @@ def test_a_slow_disk(tmp_path: Path) -> None:
         await eventually(lambda: '"degraded"' in daemon.health() and "too slow" in daemon.health(), "degraded")
         control.unlink()
         await eventually(lambda: '"ok"' in daemon.health(), "recovery", 40.0)
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         assert await client.load(make_chain(_LARGE, 4, seed=0)) == ["ssd"] * 4
         await client.stop()
 
@@ -137,7 +140,7 @@ def test_writes_that_fail(tmp_path: Path) -> None:
         client = await StoreClient(daemon.run_dir, _LARGE).start()
         before = make_chain(_LARGE, 4, seed=0)
         await client.save(before)
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         await asyncio.sleep(2.5)  # flushed
         limit(daemon, 256 * 1024)
         kept = make_chain(_LARGE, 8, seed=1)
@@ -156,7 +159,7 @@ def test_writes_that_fail(tmp_path: Path) -> None:
         last = make_chain(_LARGE, 8, seed=100)
         await client.save(last)
         await eventually(lambda: '"ok"' in daemon.health(), "recovery", 60.0)
-        await on_ssd(daemon)
+        await written_behind(daemon, 60.0)
         assert len(await client.load(before)) == 4
         assert await client.load(last) == ["dram"] * 8
         assert metric(daemon.metrics(), "cachedattention_corrupt_total") == 0

@@ -83,6 +83,13 @@ def make_chain(
     return chain
 
 
+async def written_behind(daemon: DaemonProcess, timeout_s: float = 20.0) -> None:
+    """Wait until every chunk in DRAM is on SSD too."""
+    await eventually(
+        lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD", timeout_s
+    )
+
+
 def stored_files(data_dir: Path) -> list[Path]:
     """All files of the SSD tier: the database's, and those of chunks."""
     return sorted(path for path in (data_dir / "ssd").rglob("*") if path.is_file())

@@ -30,6 +30,15 @@ def read(files: ChunkFiles, place: Place, size: int = _SLOT, offset: int = 0) ->
     return bytes(into)
 
 
+def with_slots(directory: Path, count: int, content: bytes) -> tuple[ChunkFiles, list[Place]]:
+    """New files with `count` slots full of `content`."""
+    files = ChunkFiles(directory)
+    places = [files.take(_SLOT) for _ in range(count)]
+    for place in places:
+        files.write(place, 0, pages(content))
+    return files, places
+
+
 def open_swept(directory: Path, known: set[Place]) -> ChunkFiles:
     files = ChunkFiles(directory)
     files.suspect()
@@ -70,10 +79,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 def test_space_is_that_of_what_is_there(tmp_path: Path) -> None:
     """A destroyed slot takes none, and its bytes are gone; a partial chunk takes its pages; free slots come first."""
-    files = ChunkFiles(tmp_path / "chunks")
-    places = [files.take(_SLOT) for _ in range(4)]
-    for place in places:
-        files.write(place, 0, pages(b"SECRET"))
+    files, places = with_slots(tmp_path / "chunks", 4, b"SECRET")
     assert files.physical_bytes() == 4 * _SLOT
     for place in (places[2], places[0]):
         files.destroy(place)
@@ -90,10 +96,7 @@ def test_space_is_that_of_what_is_there(tmp_path: Path) -> None:
 def test_a_file_system_without_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes are destroyed all the same; the space of free slots is known to be spare."""
     monkeypatch.setattr("kvdaemon.ssd.chunk_files._libc", _WithoutHoles())
-    files = ChunkFiles(tmp_path / "chunks")
-    places = [files.take(_SLOT) for _ in range(3)]
-    for place in places:
-        files.write(place, 0, pages(b"SECRET"))
+    files, places = with_slots(tmp_path / "chunks", 3, b"SECRET")
     files.destroy(places[1])
     files.give(places[1])
     assert files.physical_bytes() == 3 * _SLOT
@@ -112,10 +115,7 @@ class _WithoutHoles:
 
 def test_a_sweep_frees_what_nobody_knows(tmp_path: Path) -> None:
     """After a start: places without a record are free again. Places taken or given back meanwhile are no suspects."""
-    files = ChunkFiles(tmp_path / "chunks")
-    places = [files.take(_SLOT) for _ in range(6)]
-    for place in places:
-        files.write(place, 0, pages(b"x"))
+    files, places = with_slots(tmp_path / "chunks", 6, b"x")
     files.close()
     files = open_swept(tmp_path / "chunks", {places[1], places[4]})
     assert files.physical_bytes() == 2 * _SLOT
@@ -128,10 +128,7 @@ def test_a_sweep_frees_what_nobody_knows(tmp_path: Path) -> None:
 
 def test_a_file_that_was_cut(tmp_path: Path) -> None:
     """What lay behind the cut cannot be read, and that is said; the rest can; a place behind may be freed."""
-    files = ChunkFiles(tmp_path / "chunks")
-    places = [files.take(_SLOT) for _ in range(4)]
-    for place in places:
-        files.write(place, 0, pages(b"x"))
+    files, places = with_slots(tmp_path / "chunks", 4, b"x")
     files.close()
     os.truncate(tmp_path / "chunks" / str(_SLOT), 2 * _SLOT + 100)
     files = open_swept(tmp_path / "chunks", set(places))

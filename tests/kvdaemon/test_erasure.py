@@ -30,7 +30,16 @@ from protocol.messages import (
     QueueOrder,
     SaveManifest,
 )
-from tests.kvdaemon.client import SMALL, DaemonProcess, StoreClient, eventually, metric, running_daemon, stored_files
+from tests.kvdaemon.client import (
+    SMALL,
+    DaemonProcess,
+    StoreClient,
+    eventually,
+    metric,
+    running_daemon,
+    stored_files,
+    written_behind,
+)
 from tests.kvdaemon.contexts import Turn, make_turn, markers, save_turn, tokens
 
 
@@ -38,10 +47,6 @@ from tests.kvdaemon.contexts import Turn, make_turn, markers, save_turn, tokens
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     with running_daemon(tmp_path) as process:
         yield process
-
-
-async def written_behind(daemon: DaemonProcess) -> None:
-    await eventually(lambda: "cachedattention_write_behind_queue 0.0" in daemon.metrics(), "all chunks on SSD")
 
 
 async def erase(client: StoreClient, turn_key: bytes) -> ErasureReceipt:
