@@ -9,7 +9,7 @@ from benchmarks.simulator.replay import Machine, Schedule, Tally
 from benchmarks.simulator.traces import Request
 from kvdaemon.placement.placement import Placement
 from kvdaemon.placement.policy import Policy, TurnEnd
-from kvdaemon.placement.runs import Tier
+from kvdaemon.placement.runs import Node, Tier
 
 _AHEAD_CHUNKS = 4  # that the disk is asked for before it has read what came first
 
@@ -37,7 +37,7 @@ class Tiers:
         self._write_s = chunk_tokens / machine.ssd_write_rate
         self._tally, self._at, self._decided = tally, at, decided
         self._waiting: set[int] = set()  # tickets that the placement knows
-        self._held: dict[int, list[bytes]] = {}  # by ticket of the running turn
+        self._held: dict[int, list[Node]] = {}  # by ticket of the running turn
         self._read_free_s = 0.0  # when the disk has read what was asked for
         self._write_free_s = 0.0
         self._loading: set[bytes] = set()
@@ -60,14 +60,13 @@ class Tiers:
         if self._has_ssd:
             if self._loading:
                 dram = next((i for i in range(dram) if chain[i] in self._loading), dram)
-            while found < len(chain) and (tree.holds("dram", chain[found]) or tree.holds("ssd", chain[found])):
+            while found < len(chain) and chain[found] in tree:
                 found += 1
-            held = list(chain[:found])
+            held = [tree.nodes[chunk_id] for chunk_id in chain[:found]]
             self._count_prefetched(chain, dram, found)
         else:
-            held = [chain[found - 1]] if found else []  # nothing leaves DRAM but from the tail
-        for chunk_id in held:
-            placement.hold(chunk_id)
+            held = [tree.nodes[chain[found - 1]]] if found else []  # nothing leaves DRAM but from the tail
+        placement.hold_all(held)
         for i in range(dram, found):
             if tree.holds("dram", chain[i]):
                 continue
@@ -85,21 +84,20 @@ class Tiers:
         new: list[bytes] = []
         for i in range(tree.leading("dram", left), len(left)):
             chunk_id = left[i]
-            if tree.holds("dram", chunk_id) or tree.holds("ssd", chunk_id):
+            if chunk_id in tree:
                 continue
             if not self._make_room("dram", now_s):
                 self._tally.lost_tokens += (len(left) - i) * self._chunk_tokens
                 break
             parent_id = left[i - 1] if i else b""
             placement.added("dram", chunk_id, parent_id, now_s, is_partial=i >= request.whole, unsaved=self._has_ssd)
-            placement.hold(chunk_id)  # until the turn has ended
-            held.append(chunk_id)
+            held.append(tree.nodes[chunk_id])
+            placement.hold_all(held[-1:])  # until the turn has ended
             new.append(chunk_id)
         share = request.left_tokens % self._chunk_tokens / self._chunk_tokens
         end = TurnEnd(request.next_speaker, request.answer_tokens, share)
         placement.turn_ended(left, request.whole, end, now_s)
-        for chunk_id in held:
-            placement.release(chunk_id)
+        placement.release_all(held)
         if new and self._has_ssd:
             self._write_free_s = max(now_s, self._write_free_s) + len(new) * self._write_s
             self._at(self._write_free_s, functools.partial(self._written, new))
