@@ -30,6 +30,7 @@ class Residence(Enum):
     READY = "ready"
 
 
+_STORED_AT_ONCE = 2048  # listed chunks told of without a pause: some milliseconds
 _DIRTY, _WRITING, _PREFETCHED, _REUSED, _DECLINED = (1 << bit for bit in range(5))
 _ASKED_FOR = _PREFETCHED | _REUSED | _DECLINED  # what changes when a chunk is asked for
 
@@ -295,12 +296,14 @@ class Listing:
             self.most_tokens = max(self.most_tokens, record.tokens)
         return self
 
-    def store(self) -> None:
-        """Tell the index of all chunks."""
+    def store(self) -> Iterator[None]:
+        """Tell the index of all chunks, pausing often."""
         sizes = dict(zip(self._chunks, self._sizes, strict=True))
-        for listed in parents_first(self._chunks.values()):
+        for place, listed in enumerate(parents_first(self._chunks.values())):
             # Between the pages and now it may have come into DRAM, as another entry.
             self._index.store_on_ssd(self._index.get(listed.chunk_id) or listed, sizes[listed.chunk_id])
+            if place % _STORED_AT_ONCE == 0:
+                yield
 
 
 class Described(Protocol):

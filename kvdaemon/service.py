@@ -445,8 +445,9 @@ class KvDaemon:
             self.store.client_died(client)
             self._clients.discard(client)
 
-    def _ssd_listed(self, listing: Listing) -> None:
-        self.store.merge_listing(listing)
+    async def _ssd_listed(self, listing: Listing) -> None:
+        for _ in self.store.merge_listing(listing):
+            await asyncio.sleep(0)  # whoever hears nothing for long believes that we died
         self.metrics.worker_started()
 
     def _problem(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -337,8 +337,11 @@ class Store:
         if self.index.get(chunk.chunk_id) is chunk:
             self.index.store_on_ssd(chunk, stored_bytes)
 
-    def merge_listing(self, listing: Listing) -> None:
-        """Believe the database: a worker that died took its unflushed chunks with it."""
+    def merge_listing(self, listing: Listing) -> Iterator[None]:
+        """Believe the database: a worker that died took its unflushed chunks with it.
+
+        A million chunks take seconds. It pauses often, and in a pause the store may do anything that needs no SSD.
+        """
         for chunk in [chunk for chunk in self.index.stored() if chunk.chunk_id not in listing]:
             self._note_loss(chunk, "evicted")
             self.index.leave_ssd(chunk)
@@ -346,7 +349,7 @@ class Store:
                 self.index.mark_dirty(chunk)
         if not self.index.chunk_tokens:  # no arena says so yet; most chunks are full ones
             self.index.chunk_tokens = listing.most_tokens
-        listing.store()
+        yield from listing.store()
 
     def evict_from_ssd(self, need_bytes: int, limit: int) -> list[bytes]:
         """Let go of chunks on SSD, at most `limit`. Returns their ids; the caller has them deleted."""

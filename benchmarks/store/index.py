@@ -134,7 +134,8 @@ def _decisions(chunks: int) -> dict[str, float]:
         dram = DramTier(arena, findings.occupied)
         store.bind(dram, findings.ready)
         listed = listing(chunks + 256)
-        store.merge_listing(store.index.new_listing().add(listed))
+        for _ in store.merge_listing(store.index.new_listing().add(listed)):
+            pass
         store.placement.wait(0, [record.chunk_id for record in listed[chunks:]])
         reserved: list[ReservedSlot] = []
 

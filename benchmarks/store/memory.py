@@ -52,7 +52,8 @@ def fill(store: Store, tier: Tier, chunks: int, directory: Path) -> None:
     listing = store.index.new_listing()
     for page in pages(chunks):
         listing.add(page)
-    store.merge_listing(listing)
+    for _ in store.merge_listing(listing):
+        pass
 
 
 def _measure_here(tier: Tier, chunks: int, directory: Path, *, by_line: bool) -> dict[str, Any]:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kvdaemon.failpoints import reach
+from kvdaemon.garbage import without_collections
 from kvdaemon.index import Listing
 from monitoring.logs import get_logger
 from protocol.arena import Arena
@@ -84,7 +84,7 @@ class SsdLink:
         capacity_bytes: int,
         *,
         new_listing: Callable[[], Listing],
-        on_listed: Callable[[Listing], None],
+        on_listed: Callable[[Listing], Awaitable[None]],
     ) -> None:
         self.problem = "the SSD worker is starting"  # why it is not up; empty while it is
         self.starts = 0
@@ -276,8 +276,8 @@ class SsdLink:
             connected.cancel()
             raise PeerUnavailable("it ended")
         connected.result()
-        with _without_collections():
-            self._on_listed(await self._list(client))
+        with without_collections():
+            await self._on_listed(await self._list(client))
         while self._arena is not None and self._attached_id != self._arena.arena_id:
             await self._attach_now(self._arena)
 
@@ -319,16 +319,6 @@ class SsdLink:
         if process is self._process:
             self._process = self._client = self.pid = None
             self._attached_id = b""
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No search for cycles while a million objects are made that stay: each would look at all of them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def _wait_unlocked(path: Path) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvdaemon.failpoints import reach
+from kvdaemon.garbage import without_collections
 from kvdaemon.ssd.chunk_files import CHUNK_FILES, ChunkFiles, Place
 from kvdaemon.ssd.tables import ChunkRecord, DamagedDatabase, DatabaseInUse, Refused, Stalled, Tables
 from kvdaemon.ssd.transfer import check_layers, read_layers, write_layers
@@ -69,6 +70,7 @@ log = logs.get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SYNC_S = 2.0
+_LISTED_S = 60.0  # the sweep waits so long for the first listing to end
 _MOVED_AT_ONCE = 4  # pieces; an SSD wants several, and one is verified while another is on its way
 _WRITTEN_AT_ONCE = 2  # chunks
 _PIECE_BYTES = 1024 * 1024  # layers that are smaller go together
@@ -111,6 +113,7 @@ class SsdWorker:
         self._movers = ThreadPoolExecutor(_MOVED_AT_ONCE, thread_name_prefix="mover")
         self._writers = asyncio.Semaphore(_WRITTEN_AT_ONCE)
         self._writing: dict[Place, int] = {}  # and bytes; taken, and without a record yet
+        self._is_listed = asyncio.Event()
         self._is_swept = asyncio.Event()
         # Held from where a record goes until its place is free: a sweep would take it for lost, and free it twice.
         self._leaving = asyncio.Lock()
@@ -302,6 +305,8 @@ class SsdWorker:
         return list(self._tables.records(after, limit))
 
     async def _sweep_often(self) -> None:
+        with contextlib.suppress(TimeoutError):  # a start waits for all records to be told; both read all of them
+            await asyncio.wait_for(self._is_listed.wait(), _LISTED_S)
         while True:
             try:
                 if self._needs_sweep:
@@ -359,6 +364,7 @@ class SsdWorker:
                 f"an SSD tier of {self._capacity_bytes} bytes is too small for chunks of {needed} bytes"
             )
         if not self._is_swept.is_set():
+            self._is_listed.set()  # or is not going to be
             return None
         used = self._files.physical_bytes() - self._files.spare_bytes() + sum(self._writing.values())
         if used + needed > self._limit_bytes:
@@ -412,19 +418,23 @@ class SsdWorker:
     async def _list(self, call: Call, request: SsdList) -> SsdPage:
         if not 1 <= request.limit <= 65536:
             raise InvalidRequest("a page has 1 to 65536 records", param="limit")
-        async with self._turns.turn(URGENT):
-            found = await self._in_thread(partial(self._records, request.after, request.limit))
+        with without_collections():
+            async with self._turns.turn(URGENT):
+                found = await self._in_thread(partial(self._records, request.after, request.limit))
+            page = [
+                SsdRecord(r.chunk_id, r.parent_id, r.namespace, r.tokens, r.size_bytes, r.written_s)
+                for r in found
+                if isinstance(r, ChunkRecord)
+            ]
         damaged = [item for item in found if isinstance(item, bytes)]
         if damaged:
             log.error("damaged chunk records on SSD", records=len(damaged))
             self._corrupt_records += len(damaged)
             await self._forget([chunk_id for chunk_id in damaged if chunk_id])
-        page = [
-            SsdRecord(r.chunk_id, r.parent_id, r.namespace, r.tokens, r.size_bytes, r.written_s)
-            for r in found
-            if isinstance(r, ChunkRecord)
-        ]
-        return SsdPage(page, more=len(found) == request.limit)
+        more = len(found) == request.limit
+        if not more:
+            self._is_listed.set()
+        return SsdPage(page, more)
 
     async def _put_manifest(self, call: Call, request: SsdPutManifest) -> Ack:
         if shutil.disk_usage(self._tables.path).free < _SPARE_DISK_BYTES:

@@ -55,9 +55,12 @@ class Bench:
 
     def stored(self, *chunk_ids: bytes) -> None:
         """Chunks that are on SSD only."""
-        self.store.merge_listing(
-            self.store.index.new_listing().add([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in chunk_ids])
-        )
+        self.listed([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in chunk_ids])
+
+    def listed(self, records: list[SsdRecord]) -> None:
+        """A worker came up and told of these."""
+        for _ in self.store.merge_listing(self.store.index.new_listing().add(records)):
+            pass
 
     def acquire(
         self, *chunk_ids: bytes, client: bytes = A, namespace: bytes = NAMESPACE, **fields: object
@@ -272,9 +275,28 @@ def test_a_restarted_worker_is_believed(bench: Bench) -> None:
     """Chunks that it lost are dirty again where DRAM has them, and gone where it has not."""
     bench.save(*IDS[:8])
     bench.store.reserve(A, 1)  # evicts the coldest
-    bench.store.merge_listing(bench.store.index.new_listing().add([]))
+    bench.listed([])
     assert bench.store.index.get(IDS[0]) is None
     assert [chunk.chunk_id for chunk in bench.store.next_dirty(100)] == IDS[1:8]
+
+
+def test_a_long_listing_leaves_room_for_others(bench: Bench) -> None:
+    """Between two pauses chunks that are listed are saved, used and evicted; in the end the books are right."""
+    listed = [n.to_bytes(16, "big") for n in range(1, 6001)]
+    records = [SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in listed]
+    steps = 0
+    for _ in bench.store.merge_listing(bench.store.index.new_listing().add(records)):
+        late = listed[-1 - steps]  # told of last
+        bench.save(late, clean=False)
+        assert [ref.tier for ref in bench.acquire(late)[0].chunks] == ["dram"]
+        bench.save(IDS[steps], clean=False)
+        steps += 1
+    index = bench.store.index
+    assert steps >= 3
+    assert (index.ssd_chunks, index.ssd_bytes) == (6000, 600_000)
+    assert {chunk.chunk_id for chunk in index.stored()} == set(listed)
+    assert [chunk.chunk_id for chunk in index.dirty()] == IDS[:steps]  # of what was saved, what was not listed
+    assert bench.acquire(listed[0])[0].chunks[0].tier == "ssd"
 
 
 def test_what_the_cap_evicts_is_not_written_again(bench: Bench) -> None:

@@ -219,9 +219,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self._slot_lost(chunk.slot, chunk.generation)
                 self.store.fetch_failed(SsdReadChunk(chunk.chunk_id, chunk.slot, chunk.generation))
         self.on_disk -= lost
-        self.store.merge_listing(
-            self.store.index.new_listing().add([SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in sorted(self.on_disk)])
-        )
+        records = [SsdRecord(c, ROOT, NAMESPACE, 5, 100) for c in sorted(self.on_disk)]
+        for _ in self.store.merge_listing(self.store.index.new_listing().add(records)):
+            pass
 
     @rule(can_read=st.booleans(), can_write=st.booleans())
     def ssd_state(self, can_read: bool, can_write: bool) -> None:
