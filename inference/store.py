@@ -127,10 +127,10 @@ class Store:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    async def get_manifest(self, turn_key: bytes) -> tuple[Manifest | None, str]:
-        """The saved context of a turn, or None and the reason."""
+    async def get_manifest(self, turn_key: bytes, wait_ms: int = 0) -> tuple[Manifest | None, str]:
+        """The saved context of a turn, or None and the reason. wait_ms: for one that another worker is saving."""
         try:
-            reply = await self._client.request(GetManifest(turn_key), ManifestReply, _LOOKUP_S)
+            reply = await self._client.request(GetManifest(turn_key, wait_ms), ManifestReply, _LOOKUP_S + wait_ms / 1e3)
         except PeerError:
             return None, UNAVAILABLE
         return reply.manifest, reply.reason

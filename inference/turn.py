@@ -208,7 +208,7 @@ class Turn:
             return manifest, ""
         if service.store is None:
             return None, UNAVAILABLE
-        manifest, reason = await service.store.get_manifest(key)
+        manifest, reason = await service.store.get_manifest(key, self._request.parent_wait_ms)
         if manifest is not None:
             service.manifests.put(manifest)
         return manifest, reason

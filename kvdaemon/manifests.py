@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator
 
 from kvdaemon.ssd.client import SsdLink
@@ -41,6 +41,9 @@ class _Shelf:
         if manifest is not None:
             self._items.move_to_end(turn_key)
         return manifest
+
+    def __contains__(self, turn_key: bytes) -> bool:
+        return turn_key in self._items
 
     def __iter__(self) -> Iterator[Manifest]:
         return iter(self._items.values())
@@ -83,6 +86,7 @@ class ManifestStore:
         self._putting = asyncio.Lock()  # held while one is on its way to the SSD
         self._withheld: frozenset[bytes] = frozenset()  # turn keys being erased
         self._watchers: list[list[Manifest]] = []
+        self._awaited: defaultdict[bytes, list[asyncio.Event]] = defaultdict(list)
 
     def __len__(self) -> int:
         """In memory."""
@@ -93,8 +97,34 @@ class ManifestStore:
         """Not on SSD yet."""
         return len(self._waiting)
 
-    async def get(self, turn_key: bytes) -> ManifestReply:
-        """Never fails and never takes long: a manifest that cannot be had now is a miss."""
+    async def get(self, turn_key: bytes, wait_s: float = 0.0) -> ManifestReply:
+        """Never fails and never takes long: a manifest that cannot be had now is a miss.
+
+        wait_s: how long to wait for one that nobody has saved yet.
+        """
+        reply = await self._find(turn_key)
+        if reply.manifest is None and wait_s > 0.0:
+            await self._wait_for(turn_key, wait_s)
+            reply = await self._find(turn_key)
+        return reply
+
+    async def _wait_for(self, turn_key: bytes, timeout_s: float) -> None:
+        """Until a manifest is saved under this key, or until timeout_s have passed."""
+        if turn_key in self._memory:
+            return
+        saved = asyncio.Event()
+        self._awaited[turn_key].append(saved)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await saved.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._awaited[turn_key].remove(saved)
+            if not self._awaited[turn_key]:
+                del self._awaited[turn_key]
+
+    async def _find(self, turn_key: bytes) -> ManifestReply:
         if turn_key in self._withheld:
             return ManifestReply(None, "manifest_lost")
         manifest = self._memory.get(turn_key) or self._waiting.get(turn_key)
@@ -117,6 +147,8 @@ class ManifestStore:
         self._memory.put(manifest)
         for saved in self._watchers:
             saved.append(manifest)
+        for awaited in self._awaited.get(manifest.turn_key, ()):
+            awaited.set()
         if self._ssd is None:
             return
         dropped = self._waiting.put(manifest)

@@ -70,6 +70,7 @@ log = get_logger(__name__)
 _SWEEP_S = 0.5  # leases and clients are looked at this often
 _SSD_START_S = 10.0  # a start waits this long for the SSD tier, then serves from DRAM
 _MANIFEST_WAIT_S = 0.05  # a save waits this long for the disk
+_LONGEST_MANIFEST_WAIT_MS = 10_000  # for one that somebody else is saving
 _STOP_DRAIN_S = 5.0
 _FORMAT_AGAIN_S = 3.0  # after an arena could not be made, clients that ask again are told so without another try
 
@@ -374,7 +375,7 @@ class KvDaemon:
         return Ack()
 
     async def _get_manifest(self, call: Call, request: GetManifest) -> ManifestReply:
-        return await self.manifests.get(request.turn_key)
+        return await self.manifests.get(request.turn_key, min(request.wait_ms, _LONGEST_MANIFEST_WAIT_MS) / 1e3)
 
     async def _save_manifest(self, call: Call, request: SaveManifest) -> Ack:
         self.store.turn_ended(request.manifest)

@@ -139,6 +139,8 @@ class RunTurn:
     sampling: Sampling
     parent_turn_key: Id | None = None
     parent_tokens: Count = 0
+    # The parent ended so lately, at another worker, that its context may not be saved yet: wait so long for it.
+    parent_wait_ms: Count = 0
     # The answer so far, where an earlier attempt died after streaming part of it: the turn continues from there.
     resume_tokens: Tokens = b""
     return_prompt_tokens: Bool = False
@@ -270,6 +272,7 @@ class Manifest:
 @message("get_manifest")
 class GetManifest:
     turn_key: Id
+    wait_ms: Count = 0  # if it is not there: how long to wait for somebody to save it
 
 
 @message("manifest_reply")
