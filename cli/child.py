@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 15
@@ -22,8 +22,10 @@ class Child:
     Its log lines come through us: they pass to our standard error, or wait while `is_quiet`.
     """
 
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """name: in what is said of it. command: of the program `cachedattention`."""
         self.name = name
+        self._command = tuple(command)
         self.is_quiet = True
         self._environment = dict(environment)
         self._process: asyncio.subprocess.Process | None = None
@@ -32,7 +34,7 @@ class Child:
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "cli", self.name, "--parent", str(os.getpid())),
+            *(sys.executable, "-m", "cli", *self._command, "--parent", str(os.getpid())),
             env=self._environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -30,7 +30,7 @@ from protocol.rpc import check_endpoint
 GIB = 1024**3
 _PYTHON = (3, 11)
 _OPEN_FILES = 4096  # RocksDB keeps its tables open
-_MODEL_ROOM = 1 * GIB  # beside the DRAM tier, for a small model and its working KV
+_MODEL_ROOM = 1 * GIB  # beside the DRAM tier, for a small model and its working KV, at each worker
 _OUTSIDE_THE_ARENA = 250 * 1024**2
 _TMPFS_MAGIC = ("tmpfs", "ramfs")
 _LOOK_AT_TORCH = """
@@ -113,7 +113,7 @@ def _cpu(settings: Settings) -> Iterator[Finding]:
 
 def _memory(settings: Settings) -> Iterator[Finding]:
     free = psutil.virtual_memory().available
-    needed = settings.dram + _OUTSIDE_THE_ARENA + _MODEL_ROOM
+    needed = settings.dram + _OUTSIDE_THE_ARENA + _MODEL_ROOM * settings.workers
     found = f"{format_size(free)} available, --dram {format_size(settings.dram)}"
     if settings.dram > free:
         yield Finding(
@@ -203,13 +203,13 @@ def _device(settings: Settings) -> Iterator[Finding]:
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:
-    wanted = {
-        "port": (settings.host, settings.port),
-        "metrics-port-inference": (settings.metrics_host, settings.metrics_port_inference),
-        "metrics-port-kvdaemon": (settings.metrics_host, settings.metrics_port_kvdaemon),
-    }
+    wanted = [
+        ("port", settings.host, settings.port),
+        *(("metrics-port-inference", settings.metrics_host, port) for port in settings.worker_metrics_ports()),
+        ("metrics-port-kvdaemon", settings.metrics_host, settings.metrics_port_kvdaemon),
+    ]
     with ExitStack() as held:
-        for name, (host, port) in wanted.items():
+        for name, host, port in wanted:
             try:
                 family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
                 probe = held.enter_context(socket.socket(family, kind, number))
@@ -224,7 +224,7 @@ def _ports(settings: Settings) -> Iterator[Finding]:
 
 
 def _sockets(settings: Settings) -> Iterator[Finding]:
-    path = f"{settings.run_dir}/inference.sock"
+    path = f"{settings.run_dir}/inference{f'-{settings.workers}' if settings.workers > 1 else ''}.sock"
     try:
         check_endpoint(f"ipc://{path}", None)
     except ConfigError as error:

@@ -36,7 +36,7 @@ Parent = Annotated[int, typer.Option("--parent", hidden=True)]
 Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="The server.", show_default="--host and --port")]
 
 _LOGS = ("log_level", "log_format")
-_LINKS = ("data_dir", "run_dir", "inference_endpoint", "kvdaemon_endpoint", "keys", *_LOGS)
+_LINKS = ("data_dir", "run_dir", "inference_endpoint", "workers", "kvdaemon_endpoint", "keys", *_LOGS)
 
 
 @app.command()
@@ -71,10 +71,14 @@ def gateway(settings: Settings, parent: Parent = 0) -> int:
     *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "retain", "max_running", "step_tokens"),
     *("metrics_host", "metrics_port_inference", *_LINKS),
 )
-def inference(settings: Settings, parent: Parent = 0) -> int:
+def inference(
+    settings: Settings,
+    worker: Annotated[int, typer.Option(metavar="K", help="Which of the --workers this is, from 1.")] = 1,
+    parent: Parent = 0,
+) -> int:
     """Run inference alone: the model."""
-    config = settings.inference_config()
-    _enter_service("inference", settings, parent)
+    config = settings.inference_config(worker)
+    _enter_service(f"inference-{worker}" if settings.workers > 1 else "inference", settings, parent)
     # Before torch is loaded: OpenMP's threads, spinning while they wait, would starve loader and saver.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from inference.service import run as serve

@@ -35,7 +35,7 @@ def sweep(data_dir: Path, run_dir: Path, *, keep_arena: bool) -> None:
     leftovers = [run_dir / name for name in (*_SOCKETS, *_RUN_LOCKS, ".arena.new")]
     if not keep_arena:
         leftovers.append(run_dir / "arena")
-    leftovers += (run_dir / "clients").glob("*")
+    leftovers += [*(run_dir / "clients").glob("*"), *run_dir.glob("inference-*.sock")]
     for path in leftovers:
         path.unlink(missing_ok=True)
     for directory in (run_dir / "clients", run_dir):

@@ -28,6 +28,8 @@ from protocol.rpc import Curve, check_endpoint
 PREFIX = "CACHEDATTENTION_"
 MIB = 1024**2
 GIB = 1024**3
+_LAST_PORT = 65_535
+_WORKER_PORTS_APART = 10  # so that the default ports of workers leave room for those of other services
 
 
 def _size(value: object) -> object:
@@ -40,7 +42,7 @@ def _absolute(path: Path) -> Path:
 
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Directory = Annotated[Path, AfterValidator(_absolute)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
+Port = Annotated[int, Field(ge=0, le=_LAST_PORT)]
 
 
 def default_data_dir() -> Path:
@@ -83,6 +85,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="number format of weights and KV")
     max_context: int | None = Field(None, ge=1, description="longest context in tokens; the model's own if not given")
     chunk_tokens: int = Field(256, ge=1, description="tokens in a chunk, the unit of storage")
+    workers: int = Field(1, ge=1, le=64, description="inference processes that serve the model together")
     no_reuse: bool = Field(False, description="recompute all history: the baseline of comparisons")
     retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device")
     max_running: int = Field(8, ge=1, description="turns that run at once")
@@ -94,11 +97,14 @@ class Settings(BaseModel):
     queue_limit: int = Field(256, ge=1, description="turns that may wait; further ones are answered 429")
     database_url: str | None = Field(None, description="SQLAlchemy URL of the journal; SQLite in data-dir if not given")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address of the services' /metrics and /ready")
-    metrics_port_inference: Port = Field(9101, description="port of inference's /metrics; 0 takes any")
+    metrics_port_inference: Port = Field(
+        9101,
+        description="port of inference's /metrics; 0 takes any; up gives each further worker one that is 10 higher",
+    )
     metrics_port_kvdaemon: Port = Field(9102, description="port of kvdaemon's /metrics; 0 takes any")
     inference_endpoint: str = Field(
         default_factory=lambda known: f"ipc://{known['run_dir']}/inference.sock",
-        description="ZeroMQ endpoint of inference",
+        description="ZeroMQ endpoint of inference; of several workers, what theirs are made from",
     )
     kvdaemon_endpoint: str = Field(
         default_factory=lambda known: f"ipc://{known['run_dir']}/kvdaemon.sock",
@@ -130,9 +136,10 @@ class Settings(BaseModel):
     def _check_together(self) -> None:
         """What one field alone cannot tell. Raises ConfigError."""
         curve = self.curve()
-        for key in ("inference_endpoint", "kvdaemon_endpoint"):
+        endpoints = [("inference_endpoint", endpoint) for endpoint in self.inference_endpoints()]
+        for key, endpoint in (*endpoints, ("kvdaemon_endpoint", self.kvdaemon_endpoint)):
             try:
-                check_endpoint(getattr(self, key), curve)
+                check_endpoint(endpoint, curve)
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error.message}", param=key) from error
         looks_local = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
@@ -147,6 +154,23 @@ class Settings(BaseModel):
         """Where to reach the gateway."""
         return f"http://{reachable(self.host)}:{self.port}"
 
+    def inference_endpoints(self) -> tuple[str, ...]:
+        """One for each worker. Raises ConfigError: the configured one cannot be numbered."""
+        if self.workers == 1:
+            return (self.inference_endpoint,)
+        return tuple(_numbered(self.inference_endpoint, number) for number in range(1, self.workers + 1))
+
+    def worker_metrics_ports(self) -> tuple[int, ...]:
+        """What `up` gives the workers; 0: any. Raises ConfigError: there are not so many."""
+        first = self.metrics_port_inference
+        ports = tuple(first and first + _WORKER_PORTS_APART * number for number in range(self.workers))
+        if ports[-1] > _LAST_PORT:
+            raise ConfigError(
+                f"metrics_port_inference: worker {self.workers} would have {ports[-1]}, and {_LAST_PORT} is the last",
+                param="metrics_port_inference",
+            )
+        return ports
+
     def to_environment(self) -> dict[str, str]:
         """These settings as environment variables: how `up` hands them to the services."""
         values = self.model_dump()
@@ -159,18 +183,21 @@ class Settings(BaseModel):
             host=self.host,
             port=self.port,
             data_dir=self.data_dir,
-            inference_endpoint=self.inference_endpoint,
+            inference_endpoints=self.inference_endpoints(),
             kvdaemon_endpoint=self.kvdaemon_endpoint,
             database_url=self.database_url,
             queue_limit=self.queue_limit,
             curve=self.curve(),
         )
 
-    def inference_config(self) -> InferenceConfig:
+    def inference_config(self, worker: int = 1) -> InferenceConfig:
+        """worker: which of them, from 1. Raises ConfigError: there are not so many."""
+        if not 1 <= worker <= self.workers:
+            raise ConfigError(f"there is no worker {worker}; --workers is {self.workers}", param="worker")
         return InferenceConfig(
             model=self.model,
             run_dir=self.run_dir,
-            endpoint=self.inference_endpoint,
+            endpoint=self.inference_endpoints()[worker - 1],
             kvdaemon_endpoint=self.kvdaemon_endpoint,
             device=self.device,
             dtype=self.dtype,
@@ -183,6 +210,8 @@ class Settings(BaseModel):
             metrics_host=self.metrics_host,
             metrics_port=self.metrics_port_inference,
             curve=self.curve(),
+            worker=worker,
+            workers=self.workers,
         )
 
     def kvdaemon_config(self) -> KvDaemonConfig:
@@ -199,6 +228,17 @@ class Settings(BaseModel):
             metrics_port=self.metrics_port_kvdaemon,
             curve=self.curve(),
         )
+
+
+def _numbered(endpoint: str, number: int) -> str:
+    """The endpoint of worker `number`: inference.sock becomes inference-1.sock; a tcp port counts up from the first."""
+    if endpoint.startswith("tcp://"):
+        host, _, port = endpoint.rpartition(":")
+        if not port.isdigit():
+            raise ConfigError(f"inference_endpoint: {endpoint} has no port to count from", param="inference_endpoint")
+        return f"{host}:{int(port) + number - 1}"
+    stem = endpoint.removesuffix(".sock")
+    return f"{stem}-{number}{endpoint[len(stem) :]}"
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:

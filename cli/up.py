@@ -1,4 +1,4 @@
-"""`cachedattention up`: the three services as one system that starts, heals and ends as one."""
+"""`cachedattention up`: the services as one system that starts, heals and ends as one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from inference.embedded.small_talk import SUGGESTION
 from protocol.arena import exclusive
 from protocol.errors import ConfigError
 
-_START_ORDER = ("kvdaemon", "inference", "gateway")
 _STOP_LIMIT_S = {"gateway": 15.0, "inference": 15.0, "kvdaemon": 20.0}  # in this order
 _HURRY_S = 3.0
 _DEGRADED_PATIENCE_S = 5.0  # a start waits this long for a service that is ready, but not in full
@@ -65,7 +64,7 @@ def run_up(settings: Settings, *, start_timeout_s: float, keep_arena: bool) -> i
     ):
         keep = True  # what an earlier run left, until we know better
         try:
-            system = _System(_with_ports(settings), Console(highlight=False, soft_wrap=True))
+            system = _System(*_with_ports(settings), Console(highlight=False, soft_wrap=True))
             try:
                 clean = asyncio.run(system.run(start_timeout_s))
             finally:
@@ -78,6 +77,7 @@ def run_up(settings: Settings, *, start_timeout_s: float, keep_arena: bool) -> i
 
 @dataclass
 class _Watched:
+    command: str  # that runs it: of several workers the same
     child: Child
     url: str  # of its status endpoints
     started_s: float = 0.0
@@ -85,21 +85,30 @@ class _Watched:
 
 
 class _System:
-    def __init__(self, settings: Settings, console: Console) -> None:
-        metrics_host = reachable(settings.metrics_host)
+    def __init__(self, settings: Settings, worker_ports: Sequence[int], console: Console) -> None:
+        """worker_ports: of the workers' metrics."""
+        metrics = f"http://{reachable(settings.metrics_host)}"
         self._settings = settings
         self._console = console
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._url = settings.url()
-        urls = {
-            "kvdaemon": f"http://{metrics_host}:{settings.metrics_port_kvdaemon}",
-            "inference": f"http://{metrics_host}:{settings.metrics_port_inference}",
-            "gateway": self._url,
-        }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = inherited | settings.to_environment()
-        self._services = {name: _Watched(Child(name, environment), urls[name]) for name in _START_ORDER}
+
+        def watched(name: str, url: str, *arguments: str, **variables: int) -> _Watched:
+            more = {PREFIX + key.upper(): str(value) for key, value in variables.items()}
+            command = name.partition("-")[0]
+            return _Watched(command, Child(name, (command, *arguments), environment | more), url)
+
+        # In the order of their start.
+        services = [watched("kvdaemon", f"{metrics}:{settings.metrics_port_kvdaemon}")]
+        for number, port in enumerate(worker_ports, 1):
+            name = f"inference-{number}" if len(worker_ports) > 1 else "inference"
+            url = f"{metrics}:{port}"
+            services.append(watched(name, url, "--worker", str(number), metrics_port_inference=port))
+        services.append(watched("gateway", self._url))
+        self._services = {service.child.name: service for service in services}
 
     @property
     def kvdaemon_ended_badly(self) -> bool:
@@ -168,9 +177,9 @@ class _System:
         body = json.dumps({"model": "default", "messages": [message], "max_tokens": 32, "temperature": 0})
         print_ = self._console.print
         print_(f"[bold green]ready[/]    {self._url}")
-        for name in ("inference", "kvdaemon"):
-            print_(f"metrics  {self._services[name].url}/metrics  ({name})")
-        print_(f"metrics  {self._url}/metrics  (gateway)\n")
+        for name, service in self._services.items():
+            print_(f"metrics  {service.url}/metrics  ({name})")
+        print_()
         if is_embedded:
             print_("Hello! I am a small model that remembers what you tell it. Talk to me in another terminal:\n")
         else:
@@ -211,13 +220,15 @@ class _System:
     async def _stop_all(self) -> bool:
         """Gateway first, so that nothing new comes; the daemon last, so that all is saved. True: all ended by 0."""
         clean = True
-        for name, limit_s in _STOP_LIMIT_S.items():
-            child = self._services[name].child
-            if not child.is_running:
-                continue
-            child.is_quiet = False
-            with Status(f"stopping {name}", console=self._console):
-                clean = await self._stop_one(child, limit_s) and clean
+        for command, limit_s in _STOP_LIMIT_S.items():
+            children = [service.child for service in self._services.values() if service.command == command]
+            running = [child for child in children if child.is_running]
+            for child in running:
+                child.is_quiet = False
+            if running:
+                with Status(f"stopping {command}", console=self._console):
+                    ended_well = await asyncio.gather(*(self._stop_one(child, limit_s) for child in running))
+                clean = clean and all(ended_well)
         return clean
 
     async def _stop_one(self, child: Child, limit_s: float) -> bool:
@@ -268,17 +279,22 @@ def _how(code: int | None) -> str:
     return f"signal {-code}"
 
 
-def _with_ports(settings: Settings) -> Settings:
-    """Settings with every port known and free. Raises ConfigError: one is in use, or two are the same."""
-    chosen: dict[str, int] = {}
+def _with_ports(settings: Settings) -> tuple[Settings, list[int]]:
+    """Settings with every port known and free, and the workers' ports of metrics.
+
+    Raises ConfigError: one is in use, or two are the same.
+    """
     with contextlib.ExitStack() as held:
-        for key, host in (
-            ("port", settings.host),
-            ("metrics_port_inference", settings.metrics_host),
-            ("metrics_port_kvdaemon", settings.metrics_host),
-        ):
-            chosen[key] = _take_port(key, host, getattr(settings, key), held.callback)
-    return settings.model_copy(update=chosen)
+
+        def take(key: str, host: str, port: int) -> int:
+            return _take_port(key, host, port, held.callback)
+
+        gateway = take("port", settings.host, settings.port)
+        workers = [
+            take("metrics_port_inference", settings.metrics_host, port) for port in settings.worker_metrics_ports()
+        ]
+        kvdaemon = take("metrics_port_kvdaemon", settings.metrics_host, settings.metrics_port_kvdaemon)
+    return settings.model_copy(update={"port": gateway, "metrics_port_kvdaemon": kvdaemon}), workers
 
 
 def _take_port(key: str, host: str, port: int, on_exit: Callable[[Callable[[], None]], object]) -> int:

@@ -20,7 +20,7 @@ class GatewayConfig:
     host: str
     port: int  # 0: any free one
     data_dir: Path
-    inference_endpoint: str
+    inference_endpoints: tuple[str, ...]  # of the workers
     kvdaemon_endpoint: str
     database_url: str | None = None  # an SQLAlchemy URL; None: SQLite in data_dir
     queue_limit: int = 256  # turns that may wait beside those that run
@@ -32,6 +32,8 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}", param="port")
+        if not self.inference_endpoints:
+            raise ConfigError("at least one inference endpoint is needed", param="inference_endpoints")
         if self.queue_limit < 1:
             raise ConfigError(f"queue_limit must be at least 1, not {self.queue_limit}", param="queue_limit")
         if not 1024 <= self.max_body_bytes <= _LARGEST_BODY:

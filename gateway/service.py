@@ -17,11 +17,11 @@ from gateway.app import make_app
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.hints import QueueHints
-from gateway.inference_link import InferenceLink
 from gateway.journal.journal import Journal
 from gateway.queue import TurnQueue
 from gateway.tenants import Tenants, load_secret
 from gateway.turns import Turns
+from gateway.workers import Workers
 from monitoring.gateway_metrics import GatewayMetrics
 from monitoring.logs import get_logger
 from monitoring.registry import new_registry
@@ -75,16 +75,15 @@ class Gateway:
         self._drain_s = config.drain_s
         self.metrics = GatewayMetrics(new_registry())
         self._journal = journal
-        self._inference = InferenceLink(config.inference_endpoint, config.curve, self._peers_changed)
+        self._workers = Workers(config.inference_endpoints, config.curve, self._peers_changed)
+        self.metrics.inference_workers.set(len(config.inference_endpoints))
         self._hints = QueueHints(config.kvdaemon_endpoint, config.curve, self._peers_changed)
-        self._dispatcher = Dispatcher(
-            TurnQueue(config.queue_limit), lambda: self._inference.places, self._hints.tell, self.metrics
-        )
-        self._turns = Turns(journal, self._dispatcher, self._inference, self.metrics, config.turn_timeout_s)
+        self._dispatcher = Dispatcher(TurnQueue(config.queue_limit), self._workers, self._hints.tell, self.metrics)
+        self._turns = Turns(journal, self._dispatcher, self._workers, self.metrics, config.turn_timeout_s)
         self.app = make_app(
             (
-                chat_router(self._turns, self._inference, tenants, config.max_body_bytes),
-                models_router(self._inference),
+                chat_router(self._turns, self._workers, tenants, config.max_body_bytes),
+                models_router(self._workers),
                 health_router(self.readiness, self.metrics),
             ),
             self.metrics,
@@ -98,7 +97,7 @@ class Gateway:
         try:
             gateway = cls(config, tenants, journal)
             gateway.metrics.conversations.set(await journal.count_conversations())
-            await gateway._inference.start()
+            await gateway._workers.start()
             await gateway._hints.start()
         except BaseException:
             await journal.close()
@@ -108,11 +107,12 @@ class Gateway:
     def readiness(self) -> Readiness:
         if not self._turns.is_accepting:
             return Readiness(False, "stopping", "the server is shutting down")
-        if not self._inference.is_connected:
-            return Readiness(False, "starting", self._inference.reason)
+        if not self._workers.is_connected:
+            return Readiness(False, "starting", self._workers.reason)
+        missing = [self._workers.reason] if self._workers.reason else []
         if not self._hints.is_connected:
-            return Readiness(True, "degraded", "kvdaemon is not connected")
-        return Readiness(True, "ok")
+            missing.append("kvdaemon is not connected")
+        return Readiness(True, "degraded" if missing else "ok", "; ".join(missing))
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Refuse new turns, and bring those at hand to their end."""
@@ -120,11 +120,11 @@ class Gateway:
 
     async def close(self) -> None:
         await self._hints.stop()
-        await self._inference.stop()
+        await self._workers.stop()
         await self._journal.close()
 
     def _peers_changed(self) -> None:
-        self.metrics.inference_connected.set(self._inference.is_connected)
+        self.metrics.inference_connected.set(self._workers.serving)
         self.metrics.kvdaemon_connected.set(self._hints.is_connected)
         self._dispatcher.pump()
 

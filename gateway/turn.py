@@ -65,6 +65,7 @@ class Turn:
         self.parent: Parent | None = None
         self.attempts = 0
         self.is_running = False  # holds a place at inference
+        self.worker = ""  # at which it ran last
         self.dispatched_s: float | None = None  # first time; monotonic
         self.first_token_s: float | None = None
         self.text = ""  # of the answer so far
@@ -98,9 +99,10 @@ class Turn:
             self.aborted_by = error
             self.task.cancel()
 
-    def attempt(self) -> RunTurn:
+    def attempt(self, save_wait_s: float = 0.0) -> RunTurn:
         """The message for the next attempt. What the client has seen stays; what it has not is made anew.
 
+        save_wait_s: as RunTurn.parent_wait_ms.
         A job id per attempt: after a broken connection inference may still be ending the one before.
         """
         self.attempts += 1
@@ -114,6 +116,7 @@ class Turn:
             sampling=self._sampling,
             parent_turn_key=self.parent.turn_key if self.parent else None,
             parent_tokens=self.parent.context_tokens if self.parent else 0,
+            parent_wait_ms=int(save_wait_s * 1e3),
             resume_tokens=self.tokens,
             return_prompt_tokens=self.request.return_prompt_tokens,
         )

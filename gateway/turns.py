@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
-from gateway.dispatch import Dispatcher
-from gateway.inference_link import InferenceLink
+from gateway.dispatch import Dispatcher, Place
 from gateway.journal.journal import Ending, Journal, JournalUnavailable, NewTurn
 from gateway.turn import Finished, Turn, TurnRequest
+from gateway.workers import Workers
 from monitoring.gateway_metrics import GatewayMetrics
 from monitoring.logs import get_logger
 from protocol.errors import (
@@ -31,8 +31,6 @@ from protocol.messages import TurnDelta, TurnDone, TurnStarted
 log = get_logger(__name__)
 
 MAX_ATTEMPTS = 3
-# A process on its way out ends its turns before its connection: attempts at once would all go to the same dying one.
-_RETRY_PAUSE_S = 0.4  # times the number of attempts
 _AFTER_ABORT_S = 5.0  # for an aborted turn to reach its journal entry
 
 
@@ -47,14 +45,14 @@ class Turns:
         self,
         journal: Journal,
         dispatcher: Dispatcher,
-        inference: InferenceLink,
+        workers: Workers,
         metrics: GatewayMetrics,
         timeout_s: float,
     ) -> None:
         """timeout_s: from a turn's arrival to its last token."""
         self._journal = journal
         self._dispatcher = dispatcher
-        self._inference = inference
+        self._workers = workers
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._turns: set[Turn] = set()
@@ -71,7 +69,7 @@ class Turns:
         """
         if not self._accepting:
             raise ShuttingDown("the server is shutting down")
-        turn = Turn(request, self._inference.model)
+        turn = Turn(request, self._workers.model)
         self._dispatcher.enter(turn.id)
         self._turns.add(turn)
         turn.task = asyncio.create_task(self._run(turn))
@@ -121,29 +119,39 @@ class Turns:
     async def _answer(self, turn: Turn) -> TurnDone:
         """The answer, by as many attempts as it takes. Raises what ended the last one."""
         while True:
-            try:
-                async with self._dispatcher.slot(turn.id, turn.parent.turn_key if turn.parent else None):
-                    turn.is_running = True
-                    return await self._attempt(turn)
-            except (PeerUnavailable, Cancelled) as error:
-                # The process died, or was told to stop: our own wish to cancel comes as CancelledError.
-                if turn.attempts >= MAX_ATTEMPTS or not self._accepting:
-                    raise PeerUnavailable(f"inference went away during the turn: {error}") from error
-                log.warning("turn interrupted", turn=turn.id.hex(), attempt=turn.attempts, error=str(error))
-                self._metrics.observe_retry()
-            finally:
-                turn.is_running = False
-            await asyncio.sleep(_RETRY_PAUSE_S * turn.attempts)
+            async with self._dispatcher.slot(turn.id, turn.parent.turn_key if turn.parent else None) as place:
+                worker = place.worker
+                turn.is_running = True
+                turn.worker = worker.name
+                try:
+                    done = await self._attempt(turn, place)
+                    self._workers.note_end(done.turn_key, worker)
+                    return done
+                except (PeerUnavailable, Cancelled) as error:
+                    # The process died, or was told to stop: our own wish to cancel comes as CancelledError.
+                    if turn.attempts >= MAX_ATTEMPTS or not self._accepting:
+                        raise PeerUnavailable(f"inference went away during the turn: {error}") from error
+                    log.warning(
+                        "turn interrupted",
+                        turn=turn.id.hex(),
+                        worker=worker.name,
+                        attempt=turn.attempts,
+                        error=str(error),
+                    )
+                    self._metrics.observe_retry()
+                    worker.gave_up_turn()
+                finally:
+                    turn.is_running = False
 
-    async def _attempt(self, turn: Turn) -> TurnDone:
-        if self._inference.model.namespace != turn.model.namespace:
+    async def _attempt(self, turn: Turn, place: Place) -> TurnDone:
+        if place.worker.model.namespace != turn.model.namespace:
             # Its turn keys, and maybe its answer so far, belong to another model.
             raise CapacityError("another model was loaded while the turn waited; send it again")
         if turn.dispatched_s is None:
             turn.dispatched_s = time.monotonic()
         # The task's own deadline is the one that counts; this one, a little later, is for inference to know.
         timeout_s = turn.request.arrived_s + self._timeout_s - time.monotonic() + 1.0
-        async with aclosing(self._inference.run_turn(turn.attempt(), timeout_s)) as parts:
+        async with aclosing(place.worker.run_turn(turn.attempt(place.save_wait_s), timeout_s)) as parts:
             async for part in parts:
                 if isinstance(part, TurnStarted):
                     turn.start(part)
@@ -165,8 +173,8 @@ class Turns:
                 log.error("turn failed by a bug", turn=turn.id.hex(), error=error.message)
             return error
         if isinstance(error, TimeoutError):
-            if not self._inference.is_connected:
-                return PeerUnavailable(f"{self._inference.reason}; waited {self._timeout_s:g} s")
+            if not self._workers.is_connected:
+                return PeerUnavailable(f"{self._workers.reason}; waited {self._timeout_s:g} s")
             return CapacityError(f"the turn was not done in {self._timeout_s:g} s")
         log.error("turn failed by a bug", turn=turn.id.hex(), exc_info=error)
         return InternalError("the gateway failed; see its log")
@@ -214,6 +222,7 @@ class Turns:
             prompt_tokens=usage.prompt_tokens,
             **sources,
             missed=usage.missed,
+            worker=turn.worker,
             completion_tokens=usage.completion_tokens,
             attempts=turn.attempts,
             ttft_s=round(first - arrived, 4),

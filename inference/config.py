@@ -31,6 +31,8 @@ class InferenceConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9101
     curve: Curve | None = None
+    worker: int = 1  # which of the `workers` on this machine that serve the model together
+    workers: int = 1
 
     def __post_init__(self) -> None:
         for key, least in (("chunk_tokens", 16), ("max_running", 1), ("step_tokens", 16), ("retain_bytes", 0)):
@@ -40,3 +42,5 @@ class InferenceConfig:
             raise ConfigError(f"chunk_tokens must be at most 4096, not {self.chunk_tokens}", param="chunk_tokens")
         if self.max_context is not None and self.max_context < 16:
             raise ConfigError(f"max_context must be at least 16, not {self.max_context}", param="max_context")
+        if not 1 <= self.worker <= self.workers:
+            raise ConfigError(f"worker must be between 1 and {self.workers}, not {self.worker}", param="worker")

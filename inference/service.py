@@ -15,6 +15,7 @@ from inference.engine import Engine, Job
 from inference.model import LoadedModel, load_model
 from inference.preload import Loader
 from inference.save import Saver
+from inference.share import take_share
 from inference.store import Store
 from inference.turn import ManifestCache, Turn
 from inference.working_kv import Buffers, RetentionPool
@@ -215,6 +216,7 @@ class InferenceService:
 
 def run(config: InferenceConfig) -> int:
     """Serve until SIGTERM or SIGINT. Raises ConfigError, UnsupportedModel before anything is served."""
+    take_share(config.worker, config.workers)
     return asyncio.run(_serve(config))
 
 

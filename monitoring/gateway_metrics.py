@@ -34,7 +34,8 @@ class GatewayMetrics:
         self.queue_depth = gauge("queue_depth", "Turns that wait")
         self.running_jobs = gauge("running_jobs", "Turns at inference")
         self.conversations = gauge("conversations", "Conversations in the journal")
-        self.inference_connected = gauge("inference_connected", "1 while inference answers")
+        self.inference_workers = gauge("inference_workers", "Inference processes that there should be")
+        self.inference_connected = gauge("inference_connected", "Those of them that answer and serve the model")
         self.kvdaemon_connected = gauge("kvdaemon_connected", "1 while kvdaemon answers")
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens by where their KV came from", "source")
         self._missed_tokens = counter(

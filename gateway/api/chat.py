@@ -14,10 +14,10 @@ from gateway.api.body import read_body, while_connected
 from gateway.api.chat_request import ChatRequest, parse
 from gateway.api.completion import CompletionShape
 from gateway.api.errors import JsonResponse, error_body, to_json
-from gateway.inference_link import InferenceLink
 from gateway.tenants import Tenants
 from gateway.turn import Finished, Turn, TurnRequest
 from gateway.turns import Turns
+from gateway.workers import Workers
 from protocol.errors import CachedAttentionError, ModelNotFound
 from protocol.messages import TurnDelta
 
@@ -25,7 +25,7 @@ _STALLED_S = 60.0  # a client that takes nothing for so long counts as gone
 DEFAULT_MODEL = "default"  # stands for whatever is served
 
 
-def chat_router(turns: Turns, inference: InferenceLink, tenants: Tenants, max_body_bytes: int) -> APIRouter:
+def chat_router(turns: Turns, workers: Workers, tenants: Tenants, max_body_bytes: int) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
@@ -33,7 +33,7 @@ def chat_router(turns: Turns, inference: InferenceLink, tenants: Tenants, max_bo
         arrived_s = time.monotonic()
         tenant = tenants.identify(request.headers.get("authorization"))
         asked = parse(await read_body(request, max_body_bytes))
-        check_model(asked.model, inference.model.model)
+        check_model(asked.model, workers.model.model)
         turn = turns.start(
             TurnRequest(
                 tenant=tenant,

@@ -9,11 +9,11 @@ from fastapi import APIRouter
 
 from gateway.api.chat import check_model
 from gateway.api.errors import JsonResponse
-from gateway.inference_link import InferenceLink
+from gateway.workers import Workers
 from protocol.messages import ModelInfo
 
 
-def models_router(inference: InferenceLink) -> APIRouter:
+def models_router(workers: Workers) -> APIRouter:
     router = APIRouter()
     started_s = int(time.time())
 
@@ -28,11 +28,11 @@ def models_router(inference: InferenceLink) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> JsonResponse:
-        return JsonResponse({"object": "list", "data": [describe(inference.model)]})
+        return JsonResponse({"object": "list", "data": [describe(workers.model)]})
 
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> JsonResponse:
-        check_model(model_id, inference.model.model)
-        return JsonResponse(describe(inference.model))
+        check_model(model_id, workers.model.model)
+        return JsonResponse(describe(workers.model))
 
     return router

@@ -65,9 +65,12 @@ class Up:
         return False
 
     def service(self, name: str) -> psutil.Process | None:
+        """By its name, such as inference-2 of several workers."""
+        command, _, worker = name.partition("-")
+        expected = ["-m", "cli", command, *(["--worker", worker] if worker else [])]
         for child in psutil.Process(self.process.pid).children():
             try:
-                if child.cmdline()[1:4] == ["-m", "cli", name]:
+                if child.cmdline()[1 : len(expected) + 1] == expected:
                     return child
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue

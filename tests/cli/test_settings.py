@@ -115,6 +115,8 @@ def test_variables_of_others_are_no_concern_of_ours() -> None:
         ({"kvdaemon_endpoint": "tcp://10.0.0.1:5"}, {}, "", "kvdaemon_endpoint", "CURVE"),
         ({"inference_endpoint": "http://x"}, {}, "", "inference_endpoint", "neither ipc"),
         ({"run_dir": "/" + "x" * 120}, {}, "", "inference_endpoint", "shorter --run-dir"),
+        ({"workers": "0"}, {}, "", "workers", "--workers: "),
+        ({"workers": "2", "inference_endpoint": "tcp://127.0.0.1:*"}, {}, "", "inference_endpoint", "no port to count"),
         ({"keys": "/no/such/keys"}, {}, "", "keys", "cachedattention keys"),
     ],
 )
@@ -148,9 +150,36 @@ def test_configs_of_the_services(tmp_path: Path) -> None:
     assert (kvdaemon.dram_bytes, kvdaemon.ssd_bytes, kvdaemon.metrics_port) == (5 * MIB, 60 * MIB, 9102)
     assert kvdaemon.ssd_write_budget_bytes == 1024 * MIB
     assert load({}).kvdaemon_config().ssd_write_budget_bytes is None
-    assert gateway.inference_endpoint == inference.endpoint == f"ipc://{settings.run_dir}/inference.sock"
+    assert gateway.inference_endpoints == (inference.endpoint,) == (f"ipc://{settings.run_dir}/inference.sock",)
+    assert (inference.worker, inference.workers) == (1, 1)
     assert gateway.kvdaemon_endpoint == inference.kvdaemon_endpoint == kvdaemon.endpoint
     assert inference.run_dir == kvdaemon.run_dir == settings.run_dir
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "numbered"),
+    [
+        ("ipc:///run/inference.sock", ("ipc:///run/inference-1.sock", "ipc:///run/inference-2.sock")),
+        ("ipc:///run.sock/i", ("ipc:///run.sock/i-1", "ipc:///run.sock/i-2")),
+        ("tcp://127.0.0.1:7000", ("tcp://127.0.0.1:7000", "tcp://127.0.0.1:7001")),
+    ],
+)
+def test_workers_have_endpoints_of_their_own_that_the_gateway_knows(endpoint: str, numbered: tuple[str, ...]) -> None:
+    settings = load({"workers": "2", "inference_endpoint": endpoint})
+    assert settings.gateway_config().inference_endpoints == numbered
+    for worker in (1, 2):
+        config = settings.inference_config(worker)
+        assert (config.endpoint, config.worker, config.workers) == (numbered[worker - 1], worker, 2)
+    for worker in (0, 3):
+        with pytest.raises(ConfigError, match=f"no worker {worker}; --workers is 2"):
+            settings.inference_config(worker)
+
+
+def test_ports_that_up_gives_workers() -> None:
+    assert load({"workers": "3"}).worker_metrics_ports() == (9101, 9111, 9121)
+    assert load({"workers": "3", "metrics_port_inference": "0"}).worker_metrics_ports() == (0, 0, 0)
+    with pytest.raises(ConfigError, match="worker 2 would have 65540"):
+        load({"workers": "2", "metrics_port_inference": "65530"}).worker_metrics_ports()
 
 
 def test_run_directories_are_short_and_differ_by_data_directory(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,31 @@ def test_a_killed_service_is_started_again(tmp_path: Path, name: str) -> None:
         up.ask("Hello again.")
         assert up.interrupt() == 0, up.said()
         assert leftovers(up) == []
+
+
+def test_two_workers(tmp_path: Path) -> None:
+    """Each has its name, its metrics and its share of the cores; one that dies comes back, and nobody misses it."""
+    with running_up(tmp_path / "data", "--workers", "2") as up:
+        urls = re.findall(r"(http://\S+)/metrics +\((inference-\d)\)", up.said())
+        assert [name for _, name in urls] == ["inference-1", "inference-2"]
+        victim = up.service("inference-1")
+        assert victim is not None
+        victim.kill()
+        for number in range(3):
+            up.ask(f"Hello {number}.")
+        eventually(lambda: "inference-1 ended (SIGKILL); starting it again" in up.said(), "the visible line")
+
+        def state() -> str:
+            return str(httpx.get(f"{up.url}/ready", timeout=2, trust_env=False).json()["state"])
+
+        eventually(lambda: up.service("inference-1") not in (None, victim) and state() == "ok", "it is back")
+        threads = {int(found) for found in re.findall(r"serving .*threads=(\d+)", up.said())}
+        assert threads == {max(1, torch.get_num_threads() // 2)}
+        for url, _ in urls:
+            assert httpx.get(f"{url}/ready", trust_env=False).json()["state"] == "ok"
+        assert up.interrupt() == 0, up.said()
+        assert leftovers(up) == []
+        assert "killed" not in up.said()
 
 
 def test_kill_9_of_up_itself_leaves_no_process(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol.errors import Cancelled, from_wire
+from protocol.errors import Cancelled, PeerUnavailable, from_wire
 from protocol.ids import Message, digest, new_id, pack_tokens, turn_key, unpack_tokens
 from protocol.messages import (
     Ack,
@@ -82,6 +82,7 @@ class ScriptedInference:
         self.cancelled = 0
         self.hold = asyncio.Event()  # cleared: turns start, and sample nothing
         self.hold.set()
+        self.is_leaving = False  # refuses turns, still connected
         self.server = RpcServer(endpoint, "inference", {GetModel: self._get_model, RunTurn: self._run_turn})
 
     def _since_first_turn_s(self) -> float:
@@ -94,6 +95,8 @@ class ScriptedInference:
         if not self.turns:
             self._first_turn_s = time.monotonic()
         self.turns.append(turn)
+        if self.is_leaving:
+            raise PeerUnavailable("as scripted")
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -43,7 +44,7 @@ def make_config(directory: Path, **changes: Any) -> GatewayConfig:
         "host": "127.0.0.1",
         "port": 0,
         "data_dir": directory / "data",
-        "inference_endpoint": f"ipc://{directory}/inference.sock",
+        "inference_endpoints": (f"ipc://{directory}/inference.sock",),
         "kvdaemon_endpoint": f"ipc://{directory}/kvdaemon.sock",
     }
     return GatewayConfig(**(values | changes))
@@ -85,6 +86,20 @@ class Client:
         body: dict[str, Any] = reply.json()
         return body
 
+    def stream(self, text: str) -> tuple[str, list[int], list[dict[str, object]]]:
+        """The text and tokens of a whole streamed answer, and its chunks; the last may be an error."""
+        body = {"model": MODEL, "messages": talk(text), "stream": True, "return_token_ids": True, "logprobs": True}
+        reply = self.post(body)
+        assert reply.status_code == 200, reply.text
+        events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+        chunks = [json.loads(event) for event in events if event != "[DONE]"]
+        choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
+        return (
+            "".join(choice["delta"].get("content", "") for choice in choices),
+            [token for choice in choices for token in choice["token_ids"]],
+            chunks,
+        )
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30.0)
 
@@ -110,9 +125,21 @@ class Client:
 
 
 class ServedGateway(Client):
-    """The real service and its peers' stand-ins in one loop on a thread."""
+    """The real service and its peers' stand-ins in one loop on a thread. `peer` is the first of `workers`."""
 
-    def __init__(self, directory: Path, *, peer: bool = True, daemon: bool = True, max_running: int = 4, **config: Any):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        peer: bool = True,
+        daemon: bool = True,
+        max_running: int = 4,
+        workers: int = 1,
+        **config: Any,
+    ):
+        if workers > 1:
+            numbers = range(1, workers + 1)
+            config["inference_endpoints"] = tuple(f"ipc://{directory}/inference-{n}.sock" for n in numbers)
         self.config = make_config(directory, **config)
         self.data_dir = self.config.data_dir
         self._listener = listen(self.config.host, 0)
@@ -121,10 +148,11 @@ class ServedGateway(Client):
         self._thread = threading.Thread(target=self._loop.run_forever, name="gateway")
         self._thread.start()
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
-        self.peer = self.call(self._make_peer(max_running))
+        self.peers = [self.call(self._make_peer(endpoint, max_running)) for endpoint in self.config.inference_endpoints]
+        self.peer = self.peers[0]
         self.daemon = self.call(self._make_daemon())
-        if peer:
-            self.call(self.peer.server.start())
+        for one in self.peers if peer else ():
+            self.call(one.server.start())
         if daemon:
             self.call(self.daemon.server.start())
         self.gateway = self.call(Gateway.open(self.config))
@@ -139,8 +167,9 @@ class ServedGateway(Client):
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _make_peer(self, max_running: int) -> ScriptedInference:
-        return ScriptedInference(self.config.inference_endpoint, max_running)
+    @staticmethod
+    async def _make_peer(endpoint: str, max_running: int) -> ScriptedInference:
+        return ScriptedInference(endpoint, max_running)
 
     async def _make_daemon(self) -> RecordingDaemon:
         return RecordingDaemon(self.config.kvdaemon_endpoint)
@@ -149,7 +178,8 @@ class ServedGateway(Client):
         """Whether turns that start sample nothing for now."""
 
         async def change() -> None:
-            (self.peer.hold.clear if held else self.peer.hold.set)()
+            for peer in self.peers:
+                (peer.hold.clear if held else peer.hold.set)()
 
         self.call(change())
 
@@ -168,7 +198,8 @@ class ServedGateway(Client):
         try:
             self.wait_stopped()
             self.call(self.gateway.close())
-            self.call(self.peer.server.stop())
+            for peer in self.peers:
+                self.call(peer.server.stop())
             self.call(self.daemon.server.stop())
             self.call(_nothing_left())
         finally:
@@ -200,7 +231,7 @@ class GatewayProcess(Client):
             "import sys; from pathlib import Path; from gateway.config import GatewayConfig; "
             "from gateway.service import run; "
             f"sys.exit(run(GatewayConfig({given.host!r}, {given.port}, Path({str(given.data_dir)!r}), "
-            f"{given.inference_endpoint!r}, {given.kvdaemon_endpoint!r}, drain_s={given.drain_s})))"
+            f"{given.inference_endpoints!r}, {given.kvdaemon_endpoint!r}, drain_s={given.drain_s})))"
         )
         return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
 
@@ -228,9 +259,9 @@ class GatewayProcess(Client):
 class PeerProcess:
     """The inference stand-in as a process, which a script in a message may kill."""
 
-    def __init__(self, directory: Path, max_running: int = 4) -> None:
+    def __init__(self, directory: Path, max_running: int = 4, name: str = "inference") -> None:
         self._command = [sys.executable, "-m", "tests.gateway.inference_peer"]
-        self._command += ["--endpoint", f"ipc://{directory}/inference.sock", "--max-running", str(max_running)]
+        self._command += ["--endpoint", f"ipc://{directory}/{name}.sock", "--max-running", str(max_running)]
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -260,7 +260,7 @@ def test_a_turn_of_another_model_is_not_run(narrow: ServedGateway, pool: ThreadP
     eventually(lambda: _depth(narrow) == (0, 1))
 
     async def other_model() -> ScriptedInference:
-        peer = ScriptedInference(narrow.config.inference_endpoint, weights=b"other weights")
+        peer = ScriptedInference(narrow.config.inference_endpoints[0], weights=b"other weights")
         await peer.server.start()
         return peer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import threading
@@ -51,28 +50,13 @@ def process(directory: Path) -> Iterator[GatewayProcess]:
     gateway.close()
 
 
-def _stream(gateway: ServedGateway | GatewayProcess, text: str) -> tuple[str, list[int], list[dict[str, object]]]:
-    """The text and tokens of a whole streamed answer, and its chunks; the last may be an error."""
-    body = {"model": MODEL, "messages": talk(text), "stream": True, "return_token_ids": True, "logprobs": True}
-    reply = gateway.post(body)
-    assert reply.status_code == 200, reply.text
-    events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
-    chunks = [json.loads(event) for event in events if event != "[DONE]"]
-    choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
-    return (
-        "".join(choice["delta"].get("content", "") for choice in choices),
-        [token for choice in choices for token in choice["token_ids"]],
-        chunks,
-    )
-
-
 # -- inference dies ---------------------------------------------------------------------------------------------
 
 
 def test_a_stream_goes_on_where_it_stopped(mortal: ServedGateway, peer: PeerProcess, pool: ThreadPoolExecutor) -> None:
     """Killed in the middle of a character of three bytes: nothing is lost, nothing comes twice."""
     asked = "a✓ [die 12] [slow 0.02]"  # slow enough for what was sampled to leave the process before it dies
-    answer = pool.submit(_stream, mortal, asked)
+    answer = pool.submit(mortal.stream, asked)
     peer.wait_dead()
     peer.restart()
     text, tokens, chunks = answer.result(60.0)
@@ -119,7 +103,7 @@ def test_a_turn_that_kills_inference_each_time_fails(
 
 def test_an_orderly_restart_of_inference_interrupts_nothing(served: ServedGateway, pool: ThreadPoolExecutor) -> None:
     """Its transport ends every call as cancelled; that is not the client's wish, and the turn goes on later."""
-    answer = pool.submit(_stream, served, "x [slow 0.05]")
+    answer = pool.submit(served.stream, "x [slow 0.05]")
     eventually(lambda: served.peer.running == 1)
     time.sleep(0.2)
     served.call(served.peer.server.stop())
@@ -210,7 +194,7 @@ def test_every_answer_that_a_client_got_survives_kill(process: GatewayProcess, p
     for number in range(4):
         process.wait_ready()
         if number % 2:
-            text, _, _ = _stream(process, f"turn {number}")
+            text, _, _ = process.stream(f"turn {number}")
         else:
             text = process.chat(f"turn {number}")["choices"][0]["message"]["content"]
         process.kill()
@@ -242,7 +226,7 @@ def test_stop_lets_running_turns_end(
     process: GatewayProcess, peer: PeerProcess, pool: ThreadPoolExecutor, number: int
 ) -> None:
     process.wait_ready()
-    answer = pool.submit(_stream, process, "x [length 10] [slow 0.1]")
+    answer = pool.submit(process.stream, "x [length 10] [slow 0.1]")
     eventually(lambda: len(journaled(process.data_dir)) == 1 and process.metric("running_jobs") == 1)
     process.terminate(number)
     eventually(lambda: process.get("/ready").status_code == 503)
@@ -261,7 +245,7 @@ def test_stop_ends_what_does_not_end_itself(
 ) -> None:
     """The time limit here is 2 s: a stream gets an error event, other requests 503, and the process exits with 0."""
     process.wait_ready()
-    stream = pool.submit(_stream, process, "x [length 1000] [slow 0.05]")
+    stream = pool.submit(process.stream, "x [length 1000] [slow 0.05]")
     plain = pool.submit(process.post, {"model": MODEL, "messages": talk("y [length 1000] [slow 0.05]")})
     eventually(lambda: process.metric("running_jobs") == 2)
     started = time.monotonic()
@@ -298,7 +282,7 @@ def test_a_second_signal_ends_it_now(directory: Path, peer: PeerProcess, pool: T
     gateway = GatewayProcess(directory, drain_s=60.0)
     try:
         gateway.wait_ready()
-        stream = pool.submit(_stream, gateway, "x [length 1000] [slow 0.05]")
+        stream = pool.submit(gateway.stream, "x [length 1000] [slow 0.05]")
         eventually(lambda: gateway.metric("running_jobs") == 1)
         gateway.terminate()
         eventually(lambda: gateway.get("/ready").status_code == 503)
