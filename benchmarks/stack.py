@@ -1,4 +1,4 @@
-"""The three services as real processes, for measurements and end-to-end tests: start, kill, restart, ask."""
+"""The services as real processes, for measurements and end-to-end tests: start, kill, restart, ask."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
-Service = Literal["kvdaemon", "inference", "gateway"]
+Service = str  # of several workers each is one: inference-1, inference-2
 SERVICES: tuple[Service, ...] = ("kvdaemon", "inference", "gateway")
 _READY_S = 120.0
 
@@ -33,14 +33,18 @@ def free_port() -> int:
 class Stack:
     """kvdaemon, inference and gateway on ports and directories of their own. Not safe from several threads.
 
-    settings: names of the command line without dashes (`dram`, `max_context`), as in `CACHEDATTENTION_<NAME>`.
+    settings: names of the command line without dashes (`dram`, `workers`), as in `CACHEDATTENTION_<NAME>`.
     """
 
     def __init__(self, home: Path, model: Path | str, settings: Mapping[str, Any] | None = None) -> None:
         self.home = home
         self.data_dir = home / "data"
         self.run_dir = Path(tempfile.mkdtemp(prefix="ca-", dir="/dev/shm"))
-        self.ports = {service: free_port() for service in SERVICES}
+        workers = int((settings or {}).get("workers", 1))
+        named = tuple(f"inference-{number}" for number in range(1, workers + 1))
+        self.workers: tuple[Service, ...] = named if workers > 1 else ("inference",)
+        self.services: tuple[Service, ...] = ("kvdaemon", *self.workers, "gateway")
+        self.ports = {service: free_port() for service in self.services}
         self.url = f"http://127.0.0.1:{self.ports['gateway']}"
         self.processes: dict[Service, subprocess.Popen[bytes]] = {}
         self._settings: dict[str, Any] = {
@@ -48,7 +52,6 @@ class Stack:
             "port": self.ports["gateway"],
             "data_dir": self.data_dir,
             "run_dir": self.run_dir,
-            "metrics_port_inference": self.ports["inference"],
             "metrics_port_kvdaemon": self.ports["kvdaemon"],
             **(settings or {}),
         }
@@ -58,7 +61,7 @@ class Stack:
 
     def start(self, *services: Service) -> None:
         """Start the given services (all by default) and wait until they are ready."""
-        chosen = services or SERVICES
+        chosen = services or self.services
         for service in chosen:
             self.launch(service)
         for service in chosen:
@@ -67,11 +70,18 @@ class Stack:
     def launch(self, service: Service) -> None:
         """Start one service and do not wait."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CACHEDATTENTION_")}
-        environment |= {f"CACHEDATTENTION_{k.upper()}": str(v) for k, v in self._settings.items()}
+        settings = self._settings
+        command, _, worker = service.partition("-")
+        if command == "inference":
+            settings = settings | {"metrics_port_inference": self.ports[service]}
+        environment |= {f"CACHEDATTENTION_{k.upper()}": str(v) for k, v in settings.items()}
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / f"{service}.log").open("ab") as log:
             self.processes[service] = subprocess.Popen(
-                [sys.executable, "-m", "cli", service], env=environment, stdout=log, stderr=log
+                [sys.executable, "-m", "cli", command, *(["--worker", worker] if worker else [])],
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
 
     def wait_ready(self, service: Service, timeout_s: float = _READY_S) -> None:
@@ -95,7 +105,7 @@ class Stack:
 
     def stop(self) -> None:
         """Stop in order, as `up` does, and remove the run directory."""
-        for service in reversed(SERVICES):
+        for service in reversed(self.services):
             process = self.processes.get(service)
             if process is not None and process.poll() is None:
                 process.terminate()
@@ -144,7 +154,8 @@ class Stack:
         (self.run_dir / "arena").unlink(missing_ok=True)
         drop_page_cache(self.data_dir)
         self.start("kvdaemon")
-        self.wait_metric("inference", "cachedattention_store_connected", 1.0)
+        for worker in self.workers:
+            self.wait_metric(worker, "cachedattention_store_connected", 1.0)
 
 
 def drop_page_cache(directory: Path) -> None:
