@@ -70,6 +70,7 @@ _WHO = Wording(
 )
 _JOINS = (" and ", ", and ", ". ", "; ")
 _LONGEST_LIST = 5  # facts; a longer list is not asked for
+_FEW = 0.65  # of those who speak of few kinds of facts
 _OPEN = 0.12  # share of facts with a noun of the visitor's own
 _PRONOUNS = 0.4  # how often somebody just spoken of is "she" or "he"
 _ATTEMPTS = 12  # turns that did not fit or could not be made, before a conversation is over
@@ -157,6 +158,10 @@ class _Person:
         self._turns: list[Turn] = []
         people = rng.randint(1, 3 + window // 256)
         self._subjects = [Subject("me"), *(self._stranger() for _ in range(people))]
+        # Many speak of few things: then the same is told of several people, and only both together, whom and what, tell
+        # one fact from another. Where every kind is as likely, the kind alone nearly does, and that is what is learned.
+        few = rng.random() < _FEW
+        self._kinds = rng.sample(KINDS, rng.randint(2, 7)) if few else list(KINDS)
         self._pronouns: dict[Subject, Pronoun] = {}
         self._about: Subject | None = None  # the last turn's
         # Some tell much at first and ask later, so that facts lie far back; others mix.
@@ -262,7 +267,7 @@ class _Person:
 
     def _any_kind(self) -> Kind:
         if self._rng.random() >= _OPEN:
-            return self._rng.choice(KINDS)
+            return self._rng.choice(self._kinds)
         noun = words.any_noun(self._rng)
         return open_kind(noun) if noun not in _NOUNS else self._any_kind()
 
@@ -353,7 +358,7 @@ class _Person:
             topic = fill(prop.topic, {"S": document.subject})
             return _Draft(user, f"{_upper(topic)}: {NOT_TOLD}.", AnswerKind.NOT_TOLD)
         subject = rng.choice(self._subjects) if rng.random() < 0.75 else self._stranger()
-        kinds = [told.kind for told in self._facts.values()] if rng.random() < 0.6 else list(KINDS)
+        kinds = [told.kind for told in self._facts.values()] if rng.random() < 0.7 else list(KINDS)
         kind = rng.choice(kinds) if kinds and rng.random() > _OPEN else self._any_kind()
         if subject.form not in kind.forms or (subject, kind.noun) in self._facts:
             return None
