@@ -16,9 +16,9 @@ import torch
 from transformers import AttentionInterface
 
 from inference.attention.dense import Masks, attend
-from inference.rotary import Rotary
+from inference.rotary import Rotary, RotaryTable, Rows
 from inference.working_kv import WorkingKv
-from protocol.errors import InternalError, UnsupportedModel
+from protocol.errors import InternalError
 
 _names = itertools.count()
 
@@ -45,7 +45,7 @@ class Segment:
 class _Step:
     segments: Sequence[Segment]
     bounds: list[tuple[int, int]]  # of each segment in the flat row
-    table: tuple[torch.Tensor, torch.Tensor]
+    rows: dict[RotaryTable, Rows]
     masks: Masks
 
 
@@ -82,7 +82,12 @@ class DecoupledModel:
         self._step = _Step(segments, bounds, self.rotary.at(positions), Masks())
         try:
             out = self._model(
-                input_ids=row.unsqueeze(0), use_cache=False, logits_to_keep=wanted.to(self.device), return_dict=True
+                input_ids=row.unsqueeze(0),
+                # Not for rotation: some models scale queries by them.
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=wanted.to(self.device),
+                return_dict=True,
             )
         finally:
             self._step = None
@@ -110,10 +115,8 @@ class DecoupledModel:
         step = self._step
         if step is None:
             raise InternalError("attention called outside a step")
-        if s_aux is not None:
-            raise UnsupportedModel("the model uses attention sinks")
         layer: int = module.layer_idx
-        rotated_query, rotated_key = self.rotary.rotate(query, key, step.table)
+        rotated_query, rotated_key = self.rotary.rotate(layer, query, key, step.rows)
         raw, rotated, values = key[0].transpose(0, 1), rotated_key[0].transpose(0, 1), value[0].transpose(0, 1)
         pieces = []
         for segment, (start, end) in zip(step.segments, step.bounds, strict=True):
@@ -132,6 +135,7 @@ class DecoupledModel:
                     scaling,
                     sliding_window,
                     softcap,
+                    s_aux,
                 )
             )
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

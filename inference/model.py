@@ -82,6 +82,7 @@ def load_model(config: InferenceConfig) -> LoadedModel:
         chunk_tokens=config.chunk_tokens,
     )
     dtype_name = str(shape.dtype).removeprefix("torch.")
+    rope = f"for {max_context}" if checked.depends_on_length else ""
     return LoadedModel(
         name=name,
         checked=checked,
@@ -90,7 +91,7 @@ def load_model(config: InferenceConfig) -> LoadedModel:
         eos_ids=eos_ids,
         max_context=max_context,
         geometry=geometry,
-        namespace=model_namespace(weights_digest(directory), geometry.digest(), dtype_name, CODEC),
+        namespace=model_namespace(weights_digest(directory), geometry.digest(), dtype_name, CODEC, rope),
         template_digest=digest("template", str(tokenizer.chat_template).encode()),
     )
 
@@ -163,13 +164,18 @@ def _device(wanted: str) -> torch.device:
 
 
 def _max_context(wanted: int | None, hf_config: Any) -> int:
-    made_for = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    config = hf_config.get_text_config()
+    made_for = getattr(config, "max_position_embeddings", None)
     if made_for is None:
         if wanted is None:
             raise ConfigError("the model does not tell its context length; give --max-context", param="max_context")
         return wanted
-    if wanted is not None and wanted > made_for:
-        raise ConfigError(f"max_context {wanted} is over the model's own {made_for}", param="max_context")
+    # Dynamic NTK begins where the model's own length ends.
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretch = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    longest = int(made_for * stretch)
+    if wanted is not None and wanted > longest:
+        raise ConfigError(f"max_context {wanted} is over the model's own {longest}", param="max_context")
     return int(wanted or made_for)
 
 

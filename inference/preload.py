@@ -126,7 +126,7 @@ class Piece:
 
     def load(self, layer: int) -> None:
         keys = self.keys[layer]
-        self.rotate(self.stored_keys[layer].to(keys.device), keys)
+        self.rotate(layer, self.stored_keys[layer].to(keys.device), keys)
         for target, source in self.copies:
             target[layer] = source[layer]
 

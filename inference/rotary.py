@@ -1,14 +1,17 @@
 """Positions, taken out of the model and applied by us (the paper's section 3.4, "decoupled positional encoding").
 
-The model's rotary module is replaced by one that answers cos = 1, sin = 0, so that its attention modules hand
+A model's rotary modules are replaced by stand-ins that answer cos = 1, sin = 0, so that its attention modules hand
 over queries and keys as they were before rotation. Those keys are stored. Rotation happens here, by the model's
-own `apply_rotary_pos_emb`, at positions that we choose, from tables that the model's own module computed.
+own `apply_rotary_pos_emb`, at positions that we choose, from tables that the model's own modules computed. Which
+layer rotates what by which table is observed; see probe.py.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,73 +20,159 @@ from inference.working_kv import KvShape
 from protocol.errors import UnsupportedModel
 
 ApplyRotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-KeyRotation = Callable[[torch.Tensor, torch.Tensor], None]  # key, out: each [n, kv_heads, key_dim]
+Rows = tuple[torch.Tensor, torch.Tensor]  # of cos and sin
+KeyRotation = Callable[[int, torch.Tensor, torch.Tensor], None]  # layer; key, out: each [n, kv_heads, key_dim]
+_TableRotation = Callable[[torch.Tensor, torch.Tensor], None]  # key, out
 
 
-class UnitRotary(nn.Module):
-    """Stands in for a rotary module: rotates by nothing. Answers cos = 1 and sin = 0 of the table's width."""
+@dataclass(frozen=True, eq=False)
+class Tabulated:
+    """What a rotary module answers, for every position.  # cos, sin: each [max_context, width]"""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
+    apply: ApplyRotary
+    cos: torch.Tensor
+    sin: torch.Tensor
+    depends_on_length: bool  # a shorter longest context would have given other rows
 
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (*position_ids.shape, self.width)
-        one = torch.ones((), dtype=x.dtype, device=x.device)
+    def rows(self, positions: torch.Tensor) -> Rows:
+        return self.cos[positions], self.sin[positions]
+
+    def no_rotation(self, positions: torch.Tensor) -> Rows:
+        shape = (*positions.shape, self.cos.shape[-1])
+        one = self.cos.new_ones(())
         return one.expand(shape), torch.zeros_like(one).expand(shape)
 
 
-class Rotary:
-    """cos and sin of every position up to the longest context.  # each [max_context, rotary_dim], the model's dtype"""
+class RotaryStandIn(nn.Module):
+    """Takes a rotary module's place and rotates by nothing, unless `answer` says otherwise.
 
-    def __init__(self, apply: ApplyRotary, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    A module that serves several kinds of layers is called with the kind, and has a table for each. A table is made at
+    the first call for it, by the module itself and for the longest context at once: scaling that depends on the length
+    (dynamic NTK, LongRoPE) is the same then for every length.
+    """
+
+    def __init__(self, module: nn.Module, max_context: int) -> None:
+        super().__init__()
+        self.tables: dict[tuple[object, ...], Tabulated] = {}
+        self.answer: Callable[[Tabulated, torch.Tensor], Rows] = Tabulated.no_rotation
+        self._module = (module,)  # in a tuple, it is no part of the model
+        self._max_context = max_context
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *kind: object, **named: object) -> Rows:
+        key = (*kind, *named.values())
+        if key not in self.tables:
+            if not all(isinstance(part, str) for part in key):
+                raise UnsupportedModel(f"its rotary module is called with {key}, not just with a kind of layer")
+            self.tables[key] = _tabulate(self._module[0], x, self._max_context, *kind, **named)
+        return self.answer(self.tables[key], position_ids)
+
+
+@torch.inference_mode()
+def _tabulate(module: Any, x: torch.Tensor, max_context: int, *kind: object, **named: object) -> Tabulated:
+    name = type(module).__module__
+    apply = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+    if apply is None:
+        raise UnsupportedModel(f"{name} has no apply_rotary_pos_emb")
+
+    def ask(like: torch.Tensor, positions: torch.Tensor) -> Rows:
+        try:
+            cos, sin = module(like, positions.unsqueeze(0), *kind, **named)
+            return cos[0].contiguous(), sin[0].contiguous()
+        except Exception as error:  # a rotary module of another shape: whatever it raises, we cannot use it
+            raise UnsupportedModel(f"{type(module).__name__} cannot be tabulated: {error}") from error
+
+    exact = x.new_zeros(1, 1, 1, dtype=torch.float32)
+    # The module takes the largest position for the length.
+    alone = ask(exact, torch.tensor([1], device=x.device))
+    told = ask(exact, torch.tensor([1, max_context - 1], device=x.device))
+    depends_on_length = not all(
+        torch.allclose(one[0], other[0], rtol=1e-5, atol=0) for one, other in zip(alone, told, strict=True)
+    )
+    cos, sin = ask(x.new_zeros(1, 1, 1), torch.arange(max_context, device=x.device))
+    if cos.dim() != 2 or cos.shape != sin.shape or not cos.is_floating_point():
+        raise UnsupportedModel(f"{type(module).__name__} answers something else than cos and sin")
+    return Tabulated(apply, cos, sin, depends_on_length)
+
+
+def replace_rotary(model: nn.Module, max_context: int) -> list[RotaryStandIn]:
+    """Put stand-ins where the rotary modules of `model` are. Raises UnsupportedModel: there are none."""
+    homes = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__.endswith("RotaryEmbedding")
+    ]
+    if not homes:
+        raise UnsupportedModel("the model has no rotary position embedding; keys without positions need one")
+    stand_ins = []
+    for parent, name, module in homes:
+        stand_ins.append(RotaryStandIn(module, max_context))
+        setattr(parent, name, stand_ins[-1])
+    return stand_ins
+
+
+class RotaryTable:
+    """cos and sin of every position up to the longest context, and the model's way to rotate by them.
+
+    cos, sin: each [max_context, width]. The first `dims` dimensions of a head are rotated, the others stay as they are.
+    """
+
+    def __init__(self, apply: ApplyRotary, cos: torch.Tensor, sin: torch.Tensor, dims: int | None = None) -> None:
+        """dims: the tables' width if not given; twice that where the model repeats the rows itself."""
         self._apply = apply
         self._cos = cos
         self._sin = sin
-        half = sin.shape[-1] // 2
-        self._halves = (-sin[:, :half], sin[:, half:])
+        self._dims = cos.shape[1] if dims is None else dims
+        half = self._dims // 2
+        self._whole_cos = cos if cos.shape[1] == self._dims else cos.repeat(1, 2)
+        self._halves = (-sin[:, :half], sin[:, -half:])
         self._scratch = cos.new_empty(0)
         self._turns_halves = self._is_turning_halves()
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Table rows for `positions`.  # [n] int64 -> each [1, n, rotary_dim]"""
+    def at(self, positions: torch.Tensor) -> Rows:
+        """Table rows for `positions`.  # [n] int64 -> each [1, n, width]"""
         return self._cos[positions].unsqueeze(0), self._sin[positions].unsqueeze(0)
 
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate both.  # query [1, heads, n, head_dim], key [1, kv_heads, n, head_dim]"""
-        return self._apply(query, key, *table)
+        dims = self._dims
+        if dims == key.shape[-1]:
+            return self._apply(query, key, *rows)
+        turned_query, turned_key = self._apply(query[..., :dims], key[..., :dims], *rows)
+        return torch.cat((turned_query, query[..., dims:]), -1), torch.cat((turned_key, key[..., dims:]), -1)
 
-    def key_rotation(self, start: int, end: int, shape: KvShape) -> KeyRotation:
-        """What rotates stored keys to positions start..end-1, in any layer, to the bit as the model does it.
+    def key_rotation(self, start: int, end: int, shape: KvShape) -> _TableRotation:
+        """What rotates stored keys to positions start..end-1, to the bit as the model does it.
 
-        The rotations of one Rotary share memory: they are for one thread at a time.
+        The rotations of one table share memory: they are for one thread at a time.
         """
-        if self._turns_halves and shape.key_dim == self._cos.shape[1]:
-            return self._half_turn(start, end, shape.kv_heads)
+        # Some models rotate in float32 whatever they compute in: that is left to them.
+        if self._turns_halves and shape.dtype == self._cos.dtype:
+            return self._half_turn(start, end, shape)
         return self._own_rotation(start, end)
 
-    def _own_rotation(self, start: int, end: int) -> KeyRotation:
+    def _own_rotation(self, start: int, end: int) -> _TableRotation:
         """By the model's own function."""
-        cos, sin = self._cos[start:end].unsqueeze(0), self._sin[start:end].unsqueeze(0)
+        rows = self._cos[start:end].unsqueeze(0), self._sin[start:end].unsqueeze(0)
 
         def rotate(key: torch.Tensor, out: torch.Tensor) -> None:
             heads_first = key.transpose(0, 1).unsqueeze(0)
-            out.copy_(self._apply(heads_first[:, :0], heads_first, cos, sin)[1][0].transpose(0, 1))
+            out.copy_(self.rotate(heads_first[:, :0], heads_first, rows)[1][0].transpose(0, 1))
 
         return rotate
 
-    def _half_turn(self, start: int, end: int, heads: int) -> KeyRotation:
+    def _half_turn(self, start: int, end: int, shape: KvShape) -> _TableRotation:
         """What most models do, key * cos + (-second half | first half) * sin, in fewer passes over memory."""
-        cos = self._cos[start:end].unsqueeze(1)
+        dims, is_partial = self._dims, self._dims < shape.key_dim
+        cos = self._whole_cos[start:end].unsqueeze(1)
         low_sin, high_sin = (half[start:end].unsqueeze(1) for half in self._halves)
-        turned = self._scratch_for(end - start, heads)
+        turned = self._scratch_for(end - start, shape.kv_heads)
         turned_low, turned_high = turned.chunk(2, -1)
 
         def rotate(key: torch.Tensor, out: torch.Tensor) -> None:
+            if is_partial:
+                out[..., dims:] = key[..., dims:]
+                key, out = key[..., :dims], out[..., :dims]
             low, high = key.chunk(2, -1)
             # Whole rows first, that they are in the cache for what follows: half rows come from memory at a quarter
             # of the speed.
@@ -95,8 +184,8 @@ class Rotary:
         return rotate
 
     def _scratch_for(self, tokens: int, heads: int) -> torch.Tensor:
-        """The same memory for all, so that it stays in the CPU's cache.  # [tokens, heads, rotary_dim]"""
-        wanted = tokens * heads * self._cos.shape[1]
+        """The same memory for all, so that it stays in the CPU's cache.  # [tokens, heads, dims]"""
+        wanted = tokens * heads * self._dims
         if self._scratch.numel() < wanted:
             with torch.inference_mode(False):  # usable in that mode and outside of it
                 self._scratch = self._cos.new_empty(wanted)
@@ -105,46 +194,49 @@ class Rotary:
     @torch.no_grad()
     def _is_turning_halves(self) -> bool:
         """Whether that is what the model's function does, found out by trying."""
-        positions, width = self._cos.shape
-        if width % 2:
+        positions, dims = self._cos.shape[0], self._dims
+        if dims % 2:
             return False
         start = max(0, positions - 64)
         generator = torch.Generator().manual_seed(0)
-        key = torch.randn(positions - start, 2, width, generator=generator).to(self._cos)
+        key = torch.randn(positions - start, 2, dims, generator=generator).to(self._cos)
         own, ours = torch.empty_like(key), torch.empty_like(key)
         self._own_rotation(start, positions)(key, own)
-        self._half_turn(start, positions, 2)(key, ours)
+        self._half_turn(start, positions, KvShape(1, 2, dims, dims, key.dtype, key.device))(key, ours)
         return torch.equal(own, ours)
 
 
-def detach_rotary(model: nn.Module, max_context: int) -> Rotary:
-    """Take the rotary module out of `model` and return what it did.
+class Rotary:
+    """The rotation of every layer: by a table, which layers of a kind share, or none where a layer has no positions."""
 
-    Raises UnsupportedModel: the model has no rotary module, several of them, or no `apply_rotary_pos_emb`.
-    """
-    homes = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child).__name__.endswith("RotaryEmbedding")
-    ]
-    if not homes:
-        raise UnsupportedModel("the model has no rotary position embedding; keys without positions need one")
-    if len(homes) > 1:
-        raise UnsupportedModel(f"the model has {len(homes)} rotary modules; one for all layers is supported")
-    parent, name, rotary = homes[0]
-    apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise UnsupportedModel(f"{type(rotary).__module__} has no apply_rotary_pos_emb")
-    rope_type = getattr(rotary, "rope_type", "default")
-    if not isinstance(rope_type, str) or rope_type in ("dynamic", "longrope"):
-        raise UnsupportedModel(f"rotary scaling {rope_type!r} depends on the length of each request or on the layer")
-    like = next(model.parameters())
-    positions = torch.arange(max_context, device=like.device).unsqueeze(0)
-    with torch.inference_mode():
-        try:
-            cos, sin = rotary(like.new_zeros(1, 1, 1), positions)
-        except Exception as error:  # a rotary module of another shape: whatever it raises, we cannot use it
-            raise UnsupportedModel(f"the rotary module cannot be tabulated: {error}") from error
-    setattr(parent, name, UnitRotary(cos.shape[-1]))
-    return Rotary(apply, cos[0].contiguous(), sin[0].contiguous())
+    def __init__(self, layers: Sequence[RotaryTable | None]) -> None:
+        self._layers = tuple(layers)
+        self._tables = {table for table in layers if table is not None}
+
+    def at(self, positions: torch.Tensor) -> dict[RotaryTable, Rows]:
+        """What `rotate` needs for tokens at `positions`.  # [n] int64"""
+        return {table: table.at(positions) for table in self._tables}
+
+    def rotate(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: dict[RotaryTable, Rows]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate both as layer `layer` does.  # query [1, heads, n, head_dim], key [1, kv_heads, n, head_dim]"""
+        table = self._layers[layer]
+        return (query, key) if table is None else table.rotate(query, key, rows[table])
+
+    def key_rotation(self, start: int, end: int, shape: KvShape) -> KeyRotation:
+        """What rotates stored keys to positions start..end-1, to the bit as the model does it in that layer.
+
+        The rotations of one Rotary share memory: they are for one thread at a time.
+        """
+        by_table = {table: table.key_rotation(start, end, shape) for table in self._tables}
+        by_layer = [_keep if table is None else by_table[table] for table in self._layers]
+
+        def rotate(layer: int, key: torch.Tensor, out: torch.Tensor) -> None:
+            by_layer[layer](key, out)
+
+        return rotate
+
+
+def _keep(key: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(key)

@@ -1,12 +1,15 @@
 """The engine proves itself at load: the stock forward and ours, over the same tokens, must agree.
 
 Ours runs in pieces, the last one over keys that went the way of the store: taken out un-rotated and rotated
-again into other working KV. Whatever a model does that we do not know of shows up here and stops the start.
+again into other working KV. Sliding windows are made smaller than that prompt for the while. Whatever a model does
+that we do not know of shows up here and stops the start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +17,13 @@ import torch
 from torch import nn
 
 from inference.decoupled import DecoupledModel, Segment
-from inference.rotary import detach_rotary
+from inference.probe import detach_rotary
+from inference.rotary import Tabulated
 from inference.working_kv import Buffers, KvShape, WorkingKv
 from protocol.errors import UnsupportedModel
 
 _TOKENS = 48
-_CUTS = (0, 29, 30, _TOKENS)
+_WINDOW = 16
 # Largest difference of logits, as a part of their spread. float32: two orders above what summation order alone
 # gives (4e-7); bfloat16 keeps 8 bits of mantissa and many sums.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -29,6 +33,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 6e-2, to
 class CheckedModel:
     model: DecoupledModel
     shape: KvShape
+    windows: tuple[int | None, ...]  # by layer: how many tokens, itself included, a token sees; None: all before it
+    depends_on_length: bool  # rotary scaling is that of this longest context: KV of another one is of no use
     difference: float  # largest difference found, as a part of the logits' spread
 
 
@@ -36,19 +42,29 @@ def take_over(model: nn.Module, vocabulary: int, max_context: int) -> CheckedMod
     """Replace the positions and attention of `model`, prove that it answers as before, and tell its KV's shape.
 
     `model` comes with the stock eager attention and is ours afterwards.
-    Raises UnsupportedModel: no rotary positions, KV of several shapes, or logits that differ.
+    Raises UnsupportedModel: no rotary positions, layers without KV or with KV of several shapes, positions that come
+    in otherwise, or logits that differ.
     """
-    tokens = _check_tokens(vocabulary)
-    device = next(model.parameters()).device
-    stock = _stock_logits(model, tokens.to(device))
-    rotary = detach_rotary(model, max_context)
-    shape = _kv_shape(model, device)
-    ours = DecoupledModel(model, rotary)
-    try:
-        found = _our_logits(ours, shape, tokens)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        # KV of another shape than the configuration tells, or a module that does not call us as others do.
-        raise UnsupportedModel(f"{type(model).__name__}: our forward fails on it: {error}") from error
+    tokens = _check_tokens(vocabulary)[:max_context].to(next(model.parameters()).device)
+    with _small_windows(model):
+        stock = _stock_logits(model, tokens)
+    detached = detach_rotary(model, max_context, tokens[:8])
+    shape = detached.shape
+    with _small_windows(model):
+        if detached.depends_on_length:
+            # The stock forward goes by the length of this prompt. Ours goes by the longest context: so must it.
+            for stand_in in detached.stand_ins:
+                stand_in.answer = Tabulated.rows
+            model.set_attn_implementation("eager")  # type: ignore[operator]
+            stock = _stock_logits(model, tokens)
+            for stand_in in detached.stand_ins:
+                stand_in.answer = Tabulated.no_rotation
+        ours = DecoupledModel(model, detached.rotary)
+        try:
+            found = _our_logits(ours, shape, tokens)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            # KV that changes its shape from step to step, or a module that does not call us as others do.
+            raise UnsupportedModel(f"{type(model).__name__}: our forward fails on it: {error}") from error
     spread = float(stock.max() - stock.min())
     difference = float((stock - found).abs().max()) / max(spread, 1e-6)
     if not difference <= _TOLERANCE[shape.dtype]:  # also true for NaN
@@ -56,7 +72,24 @@ def take_over(model: nn.Module, vocabulary: int, max_context: int) -> CheckedMod
             f"{type(model).__name__}: our forward differs from the stock one by {difference:.2g} of the logits' spread "
             f"(allowed {_TOLERANCE[shape.dtype]:.0e}); its attention does something that we would get wrong"
         )
-    return CheckedModel(ours, shape, difference)
+    return CheckedModel(ours, shape, detached.windows, detached.depends_on_length, difference)
+
+
+@contextlib.contextmanager
+def _small_windows(model: Any) -> Iterator[None]:
+    """Make the sliding windows smaller than the prompt of the check, wherever the model keeps their size."""
+    homes = [
+        (home, home.sliding_window)
+        for home in (model.config.get_text_config(), *model.modules())
+        if isinstance(getattr(home, "sliding_window", None), int) and home.sliding_window > _WINDOW
+    ]
+    try:
+        for home, _ in homes:
+            home.sliding_window = _WINDOW
+        yield
+    finally:
+        for home, window in homes:
+            home.sliding_window = window
 
 
 def _check_tokens(vocabulary: int) -> torch.Tensor:
@@ -71,11 +104,12 @@ def _stock_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _our_logits(model: DecoupledModel, shape: KvShape, tokens: torch.Tensor) -> torch.Tensor:
-    kv = WorkingKv(Buffers(shape, 0), _TOKENS)
-    kv.begin(0, 0, _TOKENS)
+    kv = WorkingKv(Buffers(shape, 0), len(tokens))
+    kv.begin(0, 0, len(tokens))
     found = []
-    for start, end in itertools.pairwise(_CUTS):
-        if end == _TOKENS:
+    cut = len(tokens) * 3 // 5
+    for start, end in itertools.pairwise((0, cut, cut + 1, len(tokens))):
+        if end == len(tokens):
             kv = _through_the_store(model, shape, kv)
         segment = Segment(kv, tokens[start:end])
         found.append(model.forward([segment], all_logits=True))
@@ -89,14 +123,7 @@ def _through_the_store(model: DecoupledModel, shape: KvShape, source: WorkingKv)
     rotate = model.rotary.key_rotation(0, source.length, shape)
     for layer in range(shape.layers):
         raw = source.raw.span(layer, 0, source.length)
-        rotate(raw, target.keys[layer, : source.length])
+        rotate(layer, raw, target.keys[layer, : source.length])
         target.values[layer, : source.length] = source.values[layer, : source.length]
         target.raw.span(layer, 0, source.length).copy_(raw)
     return target
-
-
-def _kv_shape(model: Any, device: torch.device) -> KvShape:
-    config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KvShape(config.num_hidden_layers, kv_heads, dim, dim, next(model.parameters()).dtype, device)

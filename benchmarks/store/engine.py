@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.stack import Stack
 from inference.preload import Loader, LoadTask
-from inference.rotary import KeyRotation, Rotary
+from inference.rotary import KeyRotation, Rotary, RotaryTable
 from inference.save import Saver, SaveTask
 from inference.store import Lease, Store
 from inference.working_kv import Buffers, KvShape, WorkingKv
@@ -53,14 +53,15 @@ def rotary_of(shape: KvShape, max_context: int, kind: type[Rotary]) -> Rotary:
     """Llama's rotation, as the engine applies it to keys that it loads, or a stand-in for it."""
     frequencies = 1e4 ** (-torch.arange(0, shape.key_dim, 2).float() / shape.key_dim)
     angles = torch.outer(torch.arange(max_context).float(), frequencies).repeat(1, 2)
-    return kind(apply_rotary_pos_emb, angles.cos().to(shape.dtype), angles.sin().to(shape.dtype))
+    table = RotaryTable(apply_rotary_pos_emb, angles.cos().to(shape.dtype), angles.sin().to(shape.dtype))
+    return kind([table] * shape.layers)
 
 
 class Unrotated(Rotary):
     """Hands keys over as they are stored: what a load costs without the arithmetic on it."""
 
     def key_rotation(self, start: int, end: int, shape: KvShape) -> KeyRotation:
-        def hand_over(key: torch.Tensor, out: torch.Tensor) -> None:
+        def hand_over(layer: int, key: torch.Tensor, out: torch.Tensor) -> None:
             ctypes.memmove(out.data_ptr(), key.data_ptr(), key.nbytes)
 
         return hand_over

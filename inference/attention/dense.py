@@ -40,10 +40,12 @@ def attend(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last n positions over all.
 
-    query [heads, n, dim], rotated; keys and values [total, kv_heads, dim], keys rotated, the n new ones included.
+    query [heads, n, dim], rotated; keys and values [total, kv_heads, dim], keys rotated, the n new ones included;
+    sinks [heads], the score of a place to look at that gives nothing.
     Returns [n, heads, dim].
     """
     new, total = query.shape[1], keys.shape[0]
@@ -54,8 +56,8 @@ def attend(
     if window is not None and total <= window:
         window = None
     key, value = keys.transpose(0, 1), values.transpose(0, 1)
-    if softcap is not None:
-        return _attend_softcapped(query, key, value, masks, scale, window, softcap)
+    if softcap is not None or sinks is not None:
+        return _attend_unfused(query, key, value, masks, scale, window, softcap, sinks)
     mask, causal = None, False
     if new == total and window is None:
         causal = True
@@ -73,23 +75,27 @@ def attend(
     return out[0].transpose(0, 1)
 
 
-def _attend_softcapped(
+def _attend_unfused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     masks: Masks,
     scale: float | None,
     window: int | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same with scores bent by tanh before the softmax (Gemma 2), which the fused kernel has no place for."""
+    """The same with what the fused kernel has no place for: scores bent by tanh (Gemma 2), sinks (gpt-oss)."""
     heads, new, dim = query.shape
     kv_heads, total, _ = key.shape
     group = heads // kv_heads
     folded = query.reshape(kv_heads, group * new, dim)
     scores = torch.matmul(folded, key.transpose(1, 2)) * (dim**-0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.view(kv_heads, group, new, total) + masks.causal(new, total, window, query)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    out = torch.matmul(weights.view(kv_heads, group * new, total), value)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(kv_heads, group, 1, 1).expand(-1, -1, new, 1)), -1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :total].to(query.dtype)
+    out = torch.matmul(weights.reshape(kv_heads, group * new, total), value)
     return out.view(heads, new, -1).transpose(0, 1)

@@ -14,10 +14,12 @@ import pytest
 from benchmarks.stack import Stack, running_stack
 from tests.end_to_end.conversations import NO_DATA, REAL_TEXT, Script, own_scripts, real_scripts
 from tests.end_to_end.player import Played, Player
-from tests.inference.harness import SHAPES, Reference, make_model
+from tests.inference.harness import Reference, make_model
 
 _CONTEXT = 1536
-_FAMILIES = list(SHAPES)
+_FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "phi3")
+# Rotation by layer, layers without positions, half a head, sinks, a table for this context.
+_FURTHER = ("gemma3", "smollm3", "stablelm", "gpt_oss", "phi3-longrope")
 
 needs_data = pytest.mark.skipif(not REAL_TEXT.is_dir(), reason=NO_DATA)
 
@@ -92,6 +94,20 @@ def test_history_on_ssd(models: dict[str, Path], references: dict[str, Reference
         played = player.play(all_scripts(), parallel, open_at_once=20)
     settle(played)
     assert played.hits["ssd"] > 0
+
+
+@pytest.mark.parametrize("family", _FURTHER)
+def test_history_of_further_shapes(tmp_path: Path, family: str) -> None:
+    """Saved, loaded, and rotated as each layer does."""
+    model = make_model(tmp_path / family, family, max_context=_CONTEXT)
+    # LongRoPE: transformers takes another table for prompts within the original length, 64.
+    chosen = [script for script in own_scripts() if len(script.turns[0][-1]["content"]) > 64]
+    with running_stack(model, dtype="float32", retain=0, dram="64MiB", ssd="256MiB") as stack:
+        player = Player(stack, Reference(model), between_turns=lambda _: wait_saved(stack))
+        played = player.play(chosen, open_at_once=len(chosen))
+    settle(played)
+    assert played.hits["hbm"] == 0
+    assert played.hits["dram"] > 0
 
 
 @needs_data

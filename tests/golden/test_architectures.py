@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from inference.decoupled import Segment
+from inference.model import load_model
 from inference.selfcheck import CheckedModel, take_over
 from inference.working_kv import Buffers, WorkingKv
-from protocol.errors import UnsupportedModel
-from tests.inference.harness import SHAPES, VOCABULARY, make_model
+from protocol.errors import ConfigError, UnsupportedModel
+from tests.inference.harness import SHAPES, VOCABULARY, config_for, make_model
 
 _TOKENS = 320  # beyond every sliding window of the shapes
 
@@ -27,7 +28,8 @@ class Golden:
         load = AutoModelForCausalLM.from_pretrained
         self.stock = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
         model = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
-        self.checked: CheckedModel = take_over(model, VOCABULARY, 1024)
+        # The longest context is this row: where scaling depends on the length, the stock forward goes by the row's.
+        self.checked: CheckedModel = take_over(model, VOCABULARY, _TOKENS)
         self.row = torch.randint(0, 256, (_TOKENS,), generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
             self.logits = self.stock(input_ids=self.row.unsqueeze(0)).logits[0]
@@ -62,6 +64,21 @@ def test_any_split_gives_the_stock_logits(golden: Golden, cuts: set[int]) -> Non
         golden.checked.model.commit([segment])
     assert kv.length == _TOKENS
     torch.testing.assert_close(torch.cat(found), golden.logits, atol=2e-4, rtol=2e-4)
+
+
+def test_stored_keys_come_back_to_the_bit(golden: Golden) -> None:
+    """What a loader rotates is what the forward had written, in every layer."""
+    shape, model = golden.checked.shape, golden.checked.model
+    kv = WorkingKv(Buffers(shape, 0), _TOKENS)
+    kv.begin(0, 0, _TOKENS)
+    segment = [Segment(kv, golden.row)]
+    model.forward(segment)
+    model.commit(segment)
+    rotate = model.rotary.key_rotation(64, _TOKENS, shape)
+    for layer in range(shape.layers):
+        out = torch.empty_like(kv.keys[layer, 64:_TOKENS])
+        rotate(layer, kv.raw.span(layer, 64, _TOKENS), out)
+        assert torch.equal(out, kv.keys[layer, 64:_TOKENS])
 
 
 def test_jobs_in_one_step_do_not_see_each_other(golden: Golden) -> None:
@@ -103,6 +120,7 @@ def test_a_step_that_fails_can_be_taken_again(golden: Golden) -> None:
 _SMALL = {
     "vocab_size": 300,
     "hidden_size": 64,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -111,35 +129,99 @@ _SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS = {"num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def small(model_class: str, **values: object) -> torch.nn.Module:
+    kind = getattr(transformers, model_class)
+    config = kind.config_class(**{**_SMALL, **values})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model: torch.nn.Module = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    return model
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("prefix", "model_class", "reason"),
+    ("model_class", "values", "reason"),
     [
-        ("GPT2", "GPT2LMHeadModel", "no rotary position embedding"),
-        ("OPT", "OPTForCausalLM", "no rotary position embedding"),
-        ("Falcon", "FalconForCausalLM", "differs from the stock one"),
-        ("GptOss", "GptOssForCausalLM", "attention sinks"),
+        ("GPT2LMHeadModel", {}, "no rotary position embedding"),
+        ("OPTForCausalLM", {}, "no rotary position embedding"),
+        ("FalconForCausalLM", {}, "leaves attention to transformers' AttentionInterface"),
+        ("HunYuanDenseV1ForCausalLM", {"head_dim": 16}, "a norm after the rotation"),
+        (
+            "DeepseekV3ForCausalLM",
+            {
+                **_EXPERTS,
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": 32,
+                "kv_lora_rank": 32,
+                "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 16,
+                "v_head_dim": 32,
+            },
+            "latent attention",
+        ),
+        ("Qwen3NextForCausalLM", {**_EXPERTS, "num_hidden_layers": 4}, r"layers \[0, 1, 2\] keep no keys and values"),
+        ("DiffLlamaForCausalLM", {}, "differs from the stock one"),
+        ("Llama4ForCausalLM", {}, "no apply_rotary_pos_emb"),
+        ("Gemma4ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}, "KV of several shapes"),
+        ("DogeForCausalLM", {}, "a mask or a bias of its own"),
     ],
 )
-def test_models_that_we_would_get_wrong_are_refused(prefix: str, model_class: str, reason: str) -> None:
-    """The self-check refuses them with the reason, before anything is served."""
-    config = getattr(transformers, f"{prefix}Config")(**_SMALL)
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1)
+def test_models_that_we_would_get_wrong_are_refused(model_class: str, values: dict[str, object], reason: str) -> None:
+    """With the reason, before anything is served."""
     with pytest.raises(UnsupportedModel, match=reason):
+        take_over(small(model_class, **values), 300, 256)
+
+
+def test_keys_that_know_their_position_otherwise_are_refused() -> None:
+    """A prompt at the beginning would not show it."""
+    model = small("LlamaForCausalLM")
+    layer = model.get_submodule("model.layers.1")
+
+    def late(module: torch.nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, torch.Tensor]) -> object:
+        return (args[0] + (kwargs["position_ids"] > 100).unsqueeze(-1), *args[1:]), kwargs
+
+    layer.register_forward_pre_hook(late, with_kwargs=True)
+    with pytest.raises(UnsupportedModel, match="values of layer 1 depend on positions"):
         take_over(model, 300, 256)
 
 
-def test_length_dependent_rotary_scaling_is_refused() -> None:
-    config = transformers.LlamaConfig(
-        **_SMALL, intermediate_size=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    )
-    config._attn_implementation = "eager"
-    with pytest.raises(UnsupportedModel, match="dynamic"):
-        take_over(transformers.LlamaForCausalLM(config).eval(), 300, 256)
+def test_the_self_check_reaches_beyond_a_long_window() -> None:
+    """Attention that is told another window than the mask has is refused, though no short prompt would show it."""
+    values = {"head_dim": 16, "sliding_window": 200}
+    assert take_over(small("Gemma2ForCausalLM", **values), 300, 256).windows == (200, None)
+    model = small("Gemma2ForCausalLM", **values)
+    model.get_submodule("model.layers.0.self_attn").sliding_window = None  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModel, match="differs from the stock one"):
+        take_over(model, 300, 256)
+
+
+@pytest.mark.parametrize(("family", "own"), [("llama-dynamic", 128), ("phi3-longrope", 64)])
+def test_a_table_for_another_length_is_another_namespace(tmp_path: Path, family: str, own: int) -> None:
+    """KV of one regime is never read in the other. Up to the model's own length there is one regime."""
+    make_model(tmp_path / "model", family)
+    namespaces = [
+        load_model(config_for(tmp_path / "model", tmp_path / "run", max_context=longest)).namespace
+        for longest in (own // 2, own, 2 * own, 3 * own)
+    ]
+    assert namespaces[0] == namespaces[1]
+    assert len(set(namespaces)) == 3
+
+
+def test_scaling_by_the_configuration_alone_is_one_namespace(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama-yarn")
+    load = [load_model(config_for(tmp_path / "model", tmp_path / "run", max_context=n)) for n in (128, 2048)]
+    assert load[0].namespace == load[1].namespace
+
+
+def test_dynamic_scaling_ends_at_its_factor(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama-dynamic")
+    assert load_model(config_for(tmp_path / "model", tmp_path / "run")).max_context == 128
+    with pytest.raises(ConfigError, match="over the model's own 512"):
+        load_model(config_for(tmp_path / "model", tmp_path / "run", max_context=513))

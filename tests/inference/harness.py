@@ -26,6 +26,13 @@ from protocol.rpc import RpcClient
 T = TypeVar("T")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}
+
+
 # Small random models of every supported shape; the range makes attention far from flat.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -33,6 +40,75 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 192}),
     "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 160, "query_pre_attn_scalar": 32}),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 160, "max_window_layers": 1}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 32, "num_experts": 4, **_EXPERTS}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    # Rotary tables by kind of layer.
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 160,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo3": ("Olmo3", {"sliding_window": 160, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {}),
+    "granite": ("Granite", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 160}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 32}),
+    "seed_oss": ("SeedOss", {"head_dim": 32}),
+    # Layers without positions.
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "exaone4": ("Exaone4", {"sliding_window": 160, "sliding_window_pattern": 2}),
+    "cohere2": ("Cohere2", {"sliding_window": 160, "sliding_window_pattern": 2}),
+    # A part of each head is rotated: inside of apply_rotary_pos_emb, or in the attention module.
+    "gpt_neox": ("GPTNeoX", {}),
+    "glm": ("Glm", {"head_dim": 32}),
+    "phi3-partial": ("Phi3", {"sliding_window": None, **_rope("default", partial_rotary_factor=0.75)}),
+    "phi": ("Phi", {}),
+    "stablelm": ("StableLm", {}),
+    # Attention sinks; YaRN; a rotary table of half the width.
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 32,
+            "sliding_window": 160,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **_rope("yarn", factor=8.0, original_max_position_embeddings=256, beta_fast=32.0, beta_slow=1.0),
+        },
+    ),
+    # Queries scaled by their position.
+    "ministral3": (
+        "Ministral3",
+        {"head_dim": 32, **_rope("yarn", factor=16.0, original_max_position_embeddings=128, llama_4_scaling_beta=0.5)},
+    ),
+    "llama-linear": ("Llama", _rope("linear", factor=4.0)),
+    "llama-yarn": ("Llama", _rope("yarn", factor=8.0, original_max_position_embeddings=256)),
+    "llama-llama3": (
+        "Llama",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
+    ),
+    # Scaling that depends on the length: equal to transformers' own where that goes by the longest context, too.
+    "llama-dynamic": ("Llama", {**_rope("dynamic", factor=4.0), "max_position_embeddings": 128}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 64,
+            **_rope(
+                "longrope",
+                short_factor=[1.0] * 16,
+                long_factor=[1.0 + 0.25 * i for i in range(16)],
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
 }
 
 
@@ -61,10 +137,11 @@ def make_model(directory: Path, family: str, *, max_context: int = 2048, seed: i
         **extra,
         **overrides,
     }
-    config = getattr(transformers, f"{prefix}Config")(**values)
+    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    config = model_class.config_class(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+        model = model_class(config)
     model.generation_config.eos_token_id = 256
     model.generation_config.pad_token_id = 256
     model.generation_config.bos_token_id = None

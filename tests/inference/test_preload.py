@@ -12,7 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from inference.preload import Loader, LoadFailed, LoadTask
-from inference.rotary import Rotary
+from inference.rotary import Rotary, RotaryTable
 from inference.working_kv import Buffers, KvShape, WorkingKv, as_bytes
 from protocol.arena import Arena, Geometry, SlotState
 from protocol.messages import SlotRef
@@ -29,8 +29,10 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.arena = Arena.create(directory / "arena", GEOMETRY, 4 << 20)
         generator = torch.Generator().manual_seed(0)
-        angles = torch.randn(256, DIM, generator=generator)
-        self.rotary = Rotary(apply_rotary_pos_emb, angles.cos(), angles.sin())
+        # A table of its own for each layer, and none for one.
+        angles = torch.randn(LAYERS, 256, DIM, generator=generator)
+        self.tables = [RotaryTable(apply_rotary_pos_emb, each.cos(), each.sin()) for each in angles]
+        self.rotary = Rotary([*self.tables[:-1], None])
         self.generator = generator
         self.first_layers = threading.Event()
         self.loader = Loader(self.rotary, self.first_layers.set)
@@ -82,10 +84,12 @@ def test_history_is_rotated_to_its_positions(bench: Bench, history: int) -> None
     refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
     kv = bench.load(refs, history).kv
     raw = torch.cat(bench.keys, dim=1)[:, :history]
-    table = bench.rotary.at(torch.arange(history))
+    rows = [table.at(torch.arange(history)) for table in bench.tables]
     for layer in range(LAYERS):
         heads_first = raw[layer].transpose(0, 1).unsqueeze(0)
-        _, rotated = apply_rotary_pos_emb(heads_first, heads_first, *table)
+        rotated = heads_first
+        if layer < LAYERS - 1:
+            _, rotated = apply_rotary_pos_emb(heads_first, heads_first, *rows[layer])
         assert torch.equal(kv.keys[layer, :history], rotated[0].transpose(0, 1))
         assert torch.equal(kv.values[layer, :history], torch.cat(bench.values, dim=1)[layer, :history])
         base = kv.raw.base
