@@ -50,6 +50,7 @@ class LoadTask:
         """kv: begun with the history's length. deadline_s: monotonic. on_end: called once, from the loader's thread."""
         self.kv = kv
         self.arena = arena
+        self.loaded_bytes = 0
         self.busy_s = 0.0  # the loader's work on it
         self.waited_s = 0.0  # the engine's wait for it
         self.started_s = 0.0
@@ -123,6 +124,8 @@ class Piece:
     keys: tuple[torch.Tensor, ...]  # the same
     rotate: KeyRotation
     copies: list[tuple[Any, Any]]  # to, from; see as_bytes
+    is_seen: tuple[bool, ...]  # by layer: False: it lies before the window of all tokens behind the history
+    layer_bytes: int
 
     def load(self, layer: int) -> None:
         keys = self.keys[layer]
@@ -141,6 +144,8 @@ def cut(task: LoadTask, rotary: Rotary) -> list[Piece]:
     from_keys = arena.keys if on_cpu else torch.from_numpy(arena.keys)
     from_values = arena.values if on_cpu else torch.from_numpy(arena.values)
     values, raw, raw_base = as_bytes(kv.values), as_bytes(kv.raw.keys), kv.raw.base
+    history = max((end for _, _, end in task.spans), default=0)
+    hidden = [shape.hidden_before(layer, history) for layer in range(shape.layers)]
     pieces = []
     for ref, start, end in task.spans:
         used = end - start
@@ -153,7 +158,11 @@ def cut(task: LoadTask, rotary: Rotary) -> list[Piece]:
             copies.append((to, from_keys[ref.slot, :, (tail - start) * key_bytes : used * key_bytes]))
         rotate = rotary.key_rotation(start, end, shape)
         from_, to_ = stored_keys[ref.slot, :, :used].unbind(), kv.keys[:, start:end].unbind()
-        pieces.append(Piece(ref, from_, to_, rotate, copies))
+        # The last chunk may be saved again, so all of it is wanted.
+        is_seen = tuple(end > border or end == history for border in hidden)
+        if not all(is_seen):
+            kv.whole_from = history
+        pieces.append(Piece(ref, from_, to_, rotate, copies, is_seen, used * (key_bytes + value_bytes)))
     return pieces
 
 
@@ -221,10 +230,13 @@ class Loader:
         """The slots were found current. Raises LoadFailed."""
         started = time.monotonic()
         for piece in task.pieces:
+            if not piece.is_seen[layer]:
+                continue
             ref = piece.ref
             if ref.verify and not task.arena.verify_layer(ref.slot, layer, ref.tokens):
                 raise LoadFailed("corrupt", task, ref)
             piece.load(layer)
+            task.loaded_bytes += piece.layer_bytes
         if task.kv.shape.device.type == "cuda":
             torch.cuda.current_stream(task.kv.shape.device).synchronize()
         # The bytes count only if the slots were ours to read from first to last. With that they are for the next layer.

@@ -31,7 +31,6 @@ class Detached:
     stand_ins: Sequence[RotaryStandIn]
     rotary: Rotary
     shape: KvShape
-    windows: tuple[int | None, ...]  # by layer: how many tokens, itself included, a token sees; None: all before it
     depends_on_length: bool  # the tables hold for this longest context alone
 
 
@@ -81,8 +80,7 @@ def detach_rotary(model: Any, max_context: int, tokens: torch.Tensor) -> Detache
         layers.append(made[table, dims])
     if not made:
         raise UnsupportedModel("the model has a rotary module, but no layer's keys show its work")
-    windows = tuple(plain[layer].window for layer in range(shape.layers))
-    return Detached(stand_ins, Rotary(layers), shape, windows, any(table.depends_on_length for table in tables))
+    return Detached(stand_ins, Rotary(layers), shape, any(table.depends_on_length for table in tables))
 
 
 def _kv_shape(model: Any, seen: dict[int, _Seen]) -> KvShape:
@@ -97,7 +95,8 @@ def _kv_shape(model: Any, seen: dict[int, _Seen]) -> KvShape:
     if len(shapes) > 1:
         raise UnsupportedModel(f"KV of several shapes (heads, sizes of a key and a value): {sorted(shapes)}")
     like = next(model.parameters())
-    return KvShape(layers, *shapes.pop(), like.dtype, like.device)
+    windows = tuple(seen[layer].window for layer in range(layers))
+    return KvShape(layers, *shapes.pop(), like.dtype, like.device, windows)
 
 
 def _rotation(

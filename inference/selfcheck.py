@@ -33,7 +33,6 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 6e-2, to
 class CheckedModel:
     model: DecoupledModel
     shape: KvShape
-    windows: tuple[int | None, ...]  # by layer: how many tokens, itself included, a token sees; None: all before it
     depends_on_length: bool  # rotary scaling is that of this longest context: KV of another one is of no use
     difference: float  # largest difference found, as a part of the logits' spread
 
@@ -72,7 +71,7 @@ def take_over(model: nn.Module, vocabulary: int, max_context: int) -> CheckedMod
             f"{type(model).__name__}: our forward differs from the stock one by {difference:.2g} of the logits' spread "
             f"(allowed {_TOLERANCE[shape.dtype]:.0e}); its attention does something that we would get wrong"
         )
-    return CheckedModel(ours, shape, detached.windows, detached.depends_on_length, difference)
+    return CheckedModel(ours, shape, detached.depends_on_length, difference)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 One job's KV is contiguous (CPU), keys rotated to their current positions. Beside them the job keeps its *raw*
 (un-rotated) keys from `raw_base` on: the part that the store does not hold yet, which asynchronous saving copies
-from. Everything before `length` is whole in every layer; steps write behind it and then move it.
+from. Everything before `length` is whole in every layer, as far back as its window reaches; steps write behind it and
+then move it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ class KvShape:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    windows: tuple[
+        int | None, ...
+    ] = ()  # by layer: how many tokens, itself included, a token sees; None: all before it
+
+    def hidden_before(self, layer: int, position: int) -> int:
+        """How many leading tokens the one at `position` does not see in that layer, nor do those behind it."""
+        window = self.windows[layer] if self.windows else None
+        return 0 if window is None else max(0, position - window + 1)
 
     @property
     def token_bytes(self) -> int:
@@ -125,6 +134,7 @@ class WorkingKv:
         self.keys = buffers.take(capacity, shape.key_dim)  # rotated, [layers, capacity, kv_heads, key_dim]
         self.values = buffers.take(self.keys.shape[1], shape.value_dim)  # [layers, capacity, kv_heads, value_dim]
         self.length = 0
+        self.whole_from = 0  # tokens before this one would see KV that was not loaded, in layers with a sliding window
         self.raw = RawKeys(buffers, 0, 0)
         self.pending_saves = 0  # turns whose KV the saver still copies from here; the event loop counts
 
@@ -246,7 +256,7 @@ class RetentionPool:
         """The retained context that shares the longest prefix with `prompt`, short of its last token.
 
         Where the shared prefix ends before the raw keys of its last chunk begin, it is cut to a chunk border:
-        the chunk could not be saved again otherwise.
+        the chunk could not be saved again otherwise. Where it ends before `whole_from`, the store has more.
         """
         best: RetainedMatch | None = None
         for key, held in self._held.items():
@@ -256,7 +266,7 @@ class RetentionPool:
             border = tokens // self._chunk_tokens * self._chunk_tokens
             if border < held.kv.raw.base:
                 tokens = border
-            if tokens > 0 and (best is None or tokens >= best.tokens):
+            if tokens > 0 and tokens >= held.kv.whole_from and (best is None or tokens >= best.tokens):
                 best = RetainedMatch(key, tokens)
         return best
 
@@ -275,6 +285,7 @@ class RetentionPool:
             return held.kv
         kv = WorkingKv(self._buffers, capacity)
         kv.begin(match.tokens, raw_base, capacity)
+        kv.whole_from = held.kv.whole_from
         kv.keys[:, : match.tokens] = held.kv.keys[:, : match.tokens]
         kv.values[:, : match.tokens] = held.kv.values[:, : match.tokens]
         for layer in range(kv.shape.layers):

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from inference.decoupled import Segment
 from inference.model import load_model
+from inference.preload import LoadTask, cut
 from inference.selfcheck import CheckedModel, take_over
-from inference.working_kv import Buffers, WorkingKv
+from inference.working_kv import Buffers, WorkingKv, as_bytes
+from protocol.arena import Arena, Geometry, SlotState
 from protocol.errors import ConfigError, UnsupportedModel
+from protocol.messages import SlotRef
 from tests.inference.harness import SHAPES, VOCABULARY, config_for, make_model
 
 _TOKENS = 320  # beyond every sliding window of the shapes
@@ -79,6 +82,51 @@ def test_stored_keys_come_back_to_the_bit(golden: Golden) -> None:
         out = torch.empty_like(kv.keys[layer, 64:_TOKENS])
         rotate(layer, kv.raw.span(layer, 64, _TOKENS), out)
         assert torch.equal(out, kv.keys[layer, 64:_TOKENS])
+
+
+_WINDOWED = ("mistral", "gemma2", "gemma3", "gpt_oss", "exaone4")
+
+
+@pytest.mark.parametrize("family", _WINDOWED)
+def test_history_beyond_the_windows_is_not_missed(tmp_path: Path, family: str) -> None:
+    """Chunks that a layer's window does not reach stay in the store, and what is in their place is never read."""
+    golden = Golden(tmp_path, family)
+    shape, model, history, chunk = golden.checked.shape, golden.checked.model, 288, 32
+    source = WorkingKv(Buffers(shape, 0), _TOKENS)
+    source.begin(0, 0, _TOKENS)
+    computed = [Segment(source, golden.row[:history])]
+    model.forward(computed)
+    model.commit(computed)
+    layer_bytes = shape.token_bytes // shape.layers
+    geometry = Geometry(shape.layers, layer_bytes // 2, layer_bytes // 2, chunk)
+    arena = Arena.create(tmp_path / "arena", geometry, 16 << 20)
+    refs = []
+    for slot, start in enumerate(range(0, history, chunk)):
+        generation, name = arena.take(slot, SlotState.LOADING, bytes(16)), bytes([slot + 1]) * 16
+        arena.set_identity(slot, name, bytes(16), bytes(16), chunk)
+        keys, values = (
+            as_bytes(part[:, start : start + chunk].contiguous()) for part in (source.raw.keys, source.values)
+        )
+        for layer in range(shape.layers):
+            arena.write_layer(slot, layer, keys[layer], values[layer])
+        refs.append(SlotRef(slot, generation, name, chunk, "dram"))
+
+    kv = WorkingKv(Buffers(shape, 0), _TOKENS)
+    kv.begin(history, history, _TOKENS)
+    kv.keys.fill_(torch.nan)
+    kv.values.fill_(torch.nan)
+    loaded = 0
+    for piece in cut(LoadTask(kv, arena, refs, 0.0, lambda: None), model.rotary):
+        for layer in range(shape.layers):
+            if piece.is_seen[layer]:
+                piece.load(layer)
+                loaded += piece.layer_bytes
+    # Windows are 160 or 192 tokens: of 288, the last 160 or 192 and what fills up the first chunk.
+    in_sight = {None: history, 160: 160, 192: 192}
+    assert loaded == sum(in_sight[window] for window in shape.windows) * layer_bytes
+    assert loaded < history * shape.token_bytes
+    logits = model.forward([Segment(kv, golden.row[history:])], all_logits=True)
+    torch.testing.assert_close(logits, golden.logits[history:], atol=2e-4, rtol=2e-4)
 
 
 def test_jobs_in_one_step_do_not_see_each_other(golden: Golden) -> None:
@@ -195,7 +243,7 @@ def test_keys_that_know_their_position_otherwise_are_refused() -> None:
 def test_the_self_check_reaches_beyond_a_long_window() -> None:
     """Attention that is told another window than the mask has is refused, though no short prompt would show it."""
     values = {"head_dim": 16, "sliding_window": 200}
-    assert take_over(small("Gemma2ForCausalLM", **values), 300, 256).windows == (200, None)
+    assert take_over(small("Gemma2ForCausalLM", **values), 300, 256).shape.windows == (200, None)
     model = small("Gemma2ForCausalLM", **values)
     model.get_submodule("model.layers.0.self_attn").sliding_window = None  # type: ignore[assignment]
     with pytest.raises(UnsupportedModel, match="differs from the stock one"):

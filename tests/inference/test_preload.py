@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,9 @@ class Bench:
         self.arena.write_layer(slot, layer, keys[layer], values[layer])
 
     def task(
-        self, chunks: list[SlotRef], history: int, *, deadline_s: float = WAIT_S
+        self, chunks: list[SlotRef], history: int, *, deadline_s: float = WAIT_S, shape: KvShape = SHAPE
     ) -> tuple[LoadTask, threading.Event]:
-        kv = WorkingKv(Buffers(SHAPE, 0), 128)
+        kv = WorkingKv(Buffers(shape, 0), 128)
         kv.begin(history, history // CHUNK * CHUNK, 128)
         ended = threading.Event()
         return LoadTask(kv, self.arena, chunks, time.monotonic() + deadline_s, ended.set), ended
@@ -94,6 +95,27 @@ def test_history_is_rotated_to_its_positions(bench: Bench, history: int) -> None
         assert torch.equal(kv.values[layer, :history], torch.cat(bench.values, dim=1)[layer, :history])
         base = kv.raw.base
         assert torch.equal(kv.raw.span(layer, base, history), raw[layer, base:])
+
+
+@pytest.mark.parametrize("history", [40, 39, 33, 32, 16])
+def test_only_what_a_window_shows_is_loaded(bench: Bench, history: int) -> None:
+    """Whole chunks that no token behind the history sees stay away; the last one may be saved again and never does."""
+    windows = (None, 9, 1, 24)
+    refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
+    task, ended = bench.task(refs, history, shape=replace(SHAPE, windows=windows))
+    task.kv.values.fill_(torch.nan)
+    bench.loader.submit(task)
+    assert ended.wait(WAIT_S)
+    expected = torch.cat(bench.values, dim=1)[:, :history]
+    loaded = 0
+    for layer, window in enumerate(windows):
+        seen = 0 if window is None else min(history - window + 1, history - 1) // CHUNK * CHUNK
+        seen = max(0, seen)
+        loaded += history - seen
+        assert torch.equal(task.kv.values[layer, seen:history], expected[layer, seen:])
+        assert task.kv.values[layer, :seen].isnan().all()
+    assert task.loaded_bytes == loaded * SHAPE.token_bytes // LAYERS
+    assert task.kv.whole_from == (history if loaded < LAYERS * history else 0)
 
 
 def test_layers_are_taken_up_as_they_arrive(bench: Bench) -> None:

@@ -102,6 +102,19 @@ def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
     assert match.tokens == 16
 
 
+def test_a_branch_that_would_see_what_was_not_loaded_is_left_to_the_store() -> None:
+    """In layers with a sliding window a context begins with its load."""
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    kv = filled(40)
+    kv.whole_from = 36
+    pool.put(NAMESPACE, ids_of(40), kv)
+    assert pool.match(NAMESPACE, np.concatenate([ids_of(35), ids_of(10, 500)]).astype(np.uint32)) is None
+    match = pool.match(NAMESPACE, np.concatenate([ids_of(36), ids_of(10, 500)]).astype(np.uint32))
+    assert match is not None
+    assert match.tokens == 36
+    assert pool.take(match, 100).whole_from == 36
+
+
 def test_other_namespaces_never_match() -> None:
     pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
