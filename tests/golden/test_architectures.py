@@ -250,6 +250,14 @@ def test_the_self_check_reaches_beyond_a_long_window() -> None:
         take_over(model, 300, 256)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_the_self_check_allows_for_experts_in_half_precision(tmp_path: Path, family: str) -> None:
+    """A router that decides otherwise by a rounding is no fault of ours."""
+    make_model(tmp_path, family, num_hidden_layers=3 if family == "gpt_oss" else 8, initializer_range=0.06)
+    load = AutoModelForCausalLM.from_pretrained
+    take_over(load(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval(), VOCABULARY, 512)
+
+
 @pytest.mark.parametrize(("family", "own"), [("llama-dynamic", 128), ("phi3-longrope", 64)])
 def test_a_table_for_another_length_is_another_namespace(tmp_path: Path, family: str, own: int) -> None:
     """KV of one regime is never read in the other. Up to the model's own length there is one regime."""
