@@ -16,6 +16,8 @@ import torch
 from transformers import AttentionInterface
 
 from inference.attention.dense import Masks, attend
+from inference.decoder_layer import replace_decoder_layers
+from inference.linear import replace_linears
 from inference.rotary import Rotary, RotaryTable, Rows
 from inference.working_kv import WorkingKv
 from protocol.errors import InternalError
@@ -57,6 +59,8 @@ class DecoupledModel:
         self.rotary = rotary
         self.device = next(model.parameters()).device
         self._step: _Step | None = None
+        replace_decoder_layers(model, self._attention)
+        replace_linears(model)
         # A name of its own per instance: the registry of transformers is global, our step is not.
         name = f"cachedattention_{next(_names)}"
         AttentionInterface.register(name, self._attention)
