@@ -79,8 +79,9 @@ def inference(
     """Run inference alone: the model."""
     config = settings.inference_config(worker)
     _enter_service(f"inference-{worker}" if settings.workers > 1 else "inference", settings, parent)
-    # Before torch is loaded: OpenMP's threads, spinning while they wait, would starve loader and saver.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from inference.openmp import ENVIRONMENT
+
+    os.environ.update({**ENVIRONMENT, **os.environ})
     from inference.service import run as serve
 
     return serve(config)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -76,8 +78,12 @@ class InferenceService:
             self.saver = Saver(self.store, loop, self._chunk_saved)
             self.saver.start()
             await self.store.start(_STORE_WAIT_S)
-        await asyncio.to_thread(self.buffers.warm, self._warm_tokens())
+        with ThreadPoolExecutor(1) as starting:
+            await loop.run_in_executor(starting, self.buffers.warm, self._warm_tokens())
         self.engine = Engine(checked.model, self.saver, self.config.step_tokens)
+        # The engine alone computes on several cores. Were there more than those in OpenMP's threads, it would put them
+        # to sleep after each product.
+        torch.set_num_threads(1)
         self.loader = Loader(checked.model.rotary, self.engine.poke)
         self.loader.start()
         self.engine.start()
@@ -235,7 +241,11 @@ async def _serve(config: InferenceConfig) -> int:
 
     status = StatusServer(config.metrics_host, config.metrics_port, registry, readiness)
     try:
-        model = await asyncio.to_thread(load_model, config)
+        if torch.get_num_threads() > 2 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(torch.get_num_threads() - 1)  # loader and saver have one core
+        # In a thread that ends: OpenMP keeps threads for one that lives, and puts the engine's to sleep sooner for it.
+        with ThreadPoolExecutor(1) as starting:
+            model = await asyncio.get_running_loop().run_in_executor(starting, load_model, config)
         fresh = InferenceService(config, model, registry)
         await fresh.start()
         service = fresh
