@@ -68,7 +68,8 @@ def gateway(settings: Settings, parent: Parent = 0) -> int:
 
 @app.command()
 @with_settings(
-    *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "retain", "max_running", "step_tokens"),
+    *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "working_kv", "retain"),
+    *("max_running", "step_tokens", "step_stretch"),
     *("metrics_host", "metrics_port_inference", *_LINKS),
 )
 def inference(

@@ -87,9 +87,15 @@ class Settings(BaseModel):
     chunk_tokens: int = Field(256, ge=1, description="tokens in a chunk, the unit of storage")
     workers: int = Field(1, ge=1, le=64, description="inference processes that serve the model together")
     no_reuse: bool = Field(False, description="recompute all history: the baseline of comparisons")
-    retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device")
-    max_running: int = Field(8, ge=1, description="turns that run at once")
+    working_kv: Size | None = Field(
+        None, description="KV on the device, of running and finished turns; half of the free memory if not given"
+    )
+    retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device, as part of --working-kv")
+    max_running: int = Field(32, ge=1, description="turns that run at once, if there is memory for them")
     step_tokens: int = Field(512, ge=1, description="most tokens computed in one step")
+    step_stretch: float = Field(
+        2.0, gt=1, description="while turns decode, a step takes so many times as long with prompts as without"
+    )
     placement: PolicyName = Field(
         "anticipating", description="what stays in DRAM and on SSD when they are full; scheduler-aware is the paper's"
     )
@@ -204,9 +210,11 @@ class Settings(BaseModel):
             max_context=self.max_context,
             chunk_tokens=self.chunk_tokens,
             reuse=not self.no_reuse,
+            working_kv_bytes=self.working_kv,
             retain_bytes=self.retain,
             max_running=self.max_running,
             step_tokens=self.step_tokens,
+            step_stretch=self.step_stretch,
             metrics_host=self.metrics_host,
             metrics_port=self.metrics_port_inference,
             curve=self.curve(),

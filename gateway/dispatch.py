@@ -17,6 +17,7 @@ class Place(NamedTuple):
     """A turn's place at a worker."""
 
     worker: InferenceLink
+    order: int  # its ticket: who came earlier has less
     save_wait_s: float  # how long to wait there for the context that the turn continues; see Holders
 
 
@@ -63,7 +64,8 @@ class Dispatcher:
         try:
             self.pump()
             worker = await grant
-            yield Place(worker, self._workers.save_wait_s(parent_turn_key, worker))
+            save_wait_s = self._workers.save_wait_s(parent_turn_key, worker)
+            yield Place(worker, self._queue.ticket(turn_id), save_wait_s)
         finally:
             if grant.done() and not grant.cancelled():
                 self._workers.give_back(grant.result())

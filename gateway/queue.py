@@ -46,6 +46,10 @@ class TurnQueue:
         """The waiting turns, head first."""
         return [turn_id for _, turn_id in self._waiting]
 
+    def ticket(self, turn_id: bytes) -> int:
+        """The turn's place in the order, lowest first."""
+        return self._tickets[turn_id]
+
     def enter(self, turn_id: bytes, places: int) -> None:
         """Take a ticket. `places`: how many turns inference runs at once, 0 while it is away.
 

@@ -99,7 +99,7 @@ class Turn:
             self.aborted_by = error
             self.task.cancel()
 
-    def attempt(self, save_wait_s: float = 0.0) -> RunTurn:
+    def attempt(self, order: int, save_wait_s: float = 0.0) -> RunTurn:
         """The message for the next attempt. What the client has seen stays; what it has not is made anew.
 
         save_wait_s: as RunTurn.parent_wait_ms.
@@ -119,6 +119,7 @@ class Turn:
             parent_wait_ms=int(save_wait_s * 1e3),
             resume_tokens=self.tokens,
             return_prompt_tokens=self.request.return_prompt_tokens,
+            order=order,
         )
 
     def start(self, started: TurnStarted) -> None:

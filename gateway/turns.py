@@ -151,7 +151,8 @@ class Turns:
             turn.dispatched_s = time.monotonic()
         # The task's own deadline is the one that counts; this one, a little later, is for inference to know.
         timeout_s = turn.request.arrived_s + self._timeout_s - time.monotonic() + 1.0
-        async with aclosing(place.worker.run_turn(turn.attempt(place.save_wait_s), timeout_s)) as parts:
+        attempt = turn.attempt(place.order, place.save_wait_s)
+        async with aclosing(place.worker.run_turn(attempt, timeout_s)) as parts:
             async for part in parts:
                 if isinstance(part, TurnStarted):
                     turn.start(part)

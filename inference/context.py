@@ -66,6 +66,15 @@ def wanted_chunks(
     return Wanted(tuple(full))
 
 
+def worth_taking(retained: int, prompt: int, known: int, chunk_tokens: int) -> bool:
+    """Whether working KV that shares its first `retained` tokens with a prompt is to be used.
+
+    Always, where it holds what is known of this conversation. Another one's is worth its copy where it shares a chunk,
+    or most of the prompt: a template's first words are not, and would hide where the history really comes from.
+    """
+    return retained >= known > 0 or retained >= chunk_tokens or 2 * retained >= prompt
+
+
 @dataclass(frozen=True)
 class History:
     """The part of a prompt that is not computed: the working KV's own, then chunks of the store."""

@@ -1,34 +1,43 @@
 """The engine: one thread that owns the model and runs step after step.
 
 Between steps it takes in new jobs and cancellations; in a step it computes what the planner says. What a job
-produces goes to its listener, which hands it to the event loop.
+produces goes to its listener, which hands it to the event loop. A job whose memory somebody earlier in order needs is
+preempted: it leaves the engine, and its turn sees to it that what was computed is saved and that it comes back.
 """
 
 from __future__ import annotations
 
+import bisect
 import time
+import weakref
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from inference.decoupled import DecoupledModel, Segment
 from inference.logprobs import Logprobs
-from inference.planner import JobView, plan_step
+from inference.planner import JobView, StepCosts, plan_step
 from inference.preload import LoadFailed, LoadTask
 from inference.sampling import Sampler
 from inference.save import Saver, SaveTask
 from inference.text import AnswerText
 from inference.worker import Worker
-from inference.working_kv import WorkingKv
+from inference.working_kv import OutOfKv, WorkingKv
 from monitoring.logs import get_logger
 from protocol.errors import CallerError
 from protocol.ids import TokenArray
 from protocol.messages import SampledLogprobs
 
 log = get_logger(__name__)
+
+_STALLED_S = 0.02  # how soon jobs that lack memory look again; they are also told
+# Memory that is on its way, from a save or from a preempted job, is waited for so long before a job is preempted.
+_PATIENCE_S = 0.25
+_PREEMPTED_PATIENCE_S = 6.0  # longer than such a save may take
 
 
 class Listener(Protocol):
@@ -38,6 +47,8 @@ class Listener(Protocol):
 
     def on_done(self, job: Job) -> None: ...
 
+    def on_preempted(self, job: Job) -> None: ...
+
     def on_load_failed(self, job: Job, failure: LoadFailed) -> None: ...
 
     def on_failed(self, job: Job, error: Exception) -> None: ...
@@ -45,40 +56,64 @@ class Listener(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """One turn in the engine. After `submit` the engine's thread owns it until it tells the listener the end."""
+    """One turn's answer in the making. It enters with working KV, and may leave and enter again: its state stays.
+
+    After `submit` the engine's thread owns it until it tells the listener that it ended, was preempted, or has to do
+    without its history.
+    """
 
     prompt: TokenArray
     resumed: list[int]  # tokens sampled by an earlier attempt at this turn
-    kv: WorkingKv  # begun; its length is the history
     sampler: Sampler  # it and `answer` know the resumed tokens
     answer: AnswerText
     max_tokens: int
     eos_ids: Collection[int]
     listener: Listener
-    load: LoadTask | None = None
-    save: SaveTask | None = None
+    order: int = 0  # the gateway's; the lowest goes first
     logprobs: Logprobs | None = None  # where they are wanted
     is_cancelled: bool = False
+    load: LoadTask | None = None
+    save: SaveTask | None = None
     # the outcome
     sampled: list[int] = field(default_factory=list)
     finish_reason: str = ""
     admitted_s: float = field(default_factory=time.monotonic)
     first_token_s: float = 0.0
     done_s: float = 0.0
-    context: torch.Tensor = field(init=False)  # what is computed before the first new token, int64
+    context: torch.Tensor = field(init=False)  # what is computed before the next new token, int64
+    _kv: WorkingKv | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        prompt = torch.from_numpy(self.prompt.astype("int64"))
-        self.context = torch.cat([prompt, torch.tensor(self.resumed, dtype=torch.int64)])
         self.sampled = list(self.resumed)
+
+    def enter(self, kv: WorkingKv, load: LoadTask | None = None, save: SaveTask | None = None) -> None:
+        """Go on from here with `kv`, which is begun; its length is the history."""
+        self._kv, self.load, self.save = kv, load, save
+        self.context = torch.from_numpy(self.token_ids.astype("int64"))
+
+    def leave(self) -> None:
+        """Let go of the working KV."""
+        self._kv, self.load, self.save = None, None, None
+
+    @property
+    def token_ids(self) -> TokenArray:
+        """The whole context so far."""
+        return np.concatenate([self.prompt, np.asarray(self.sampled, dtype=np.uint32)])
+
+    @property
+    def kv(self) -> WorkingKv:
+        assert self._kv is not None, "the job has not entered"
+        return self._kv
 
     @property
     def remaining_prompt(self) -> int:
         return max(0, len(self.context) - self.kv.length)
 
     @property
-    def is_loading(self) -> bool:
-        return self.load is not None and not self.load.has_begun()
+    def history(self) -> Literal["here", "arriving", "absent"]:
+        if self.load is None or self.load.is_over:
+            return "here"
+        return "arriving" if self.load.has_begun() else "absent"
 
 
 @dataclass
@@ -89,18 +124,42 @@ class EngineStats:
     prefill_s: float = 0.0  # of steps with prefill in them
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    preemptions: int = 0
 
 
 class Engine:
     """`submit` and `cancel` may be called from any thread; everything else is the engine's own."""
 
-    def __init__(self, model: DecoupledModel, saver: Saver | None, token_budget: int) -> None:
+    def __init__(
+        self,
+        model: DecoupledModel,
+        saver: Saver | None,
+        token_budget: int,
+        stretch: float = 2.0,
+        *,
+        reclaim: Callable[[], bool] = lambda: False,
+        on_relief: Callable[[], None] = lambda: None,
+        observe: Callable[[int, int, float], None] = lambda decodes, prefill_tokens, seconds: None,
+    ) -> None:
+        """stretch: a step may take so many times as long with prompts as without them, while jobs decode.
+
+        Called from the engine's thread: reclaim, to let go of a retained context (False: there is none); on_relief,
+        when is_short ends; observe, with (decoding jobs, prompt tokens, seconds) of every step.
+        """
         self.stats = EngineStats()
+        self.is_short = False  # running jobs lack memory: none should be given to new ones
         self._model = model
         self._saver = saver
         self._token_budget = token_budget
+        self._stretch = stretch
+        self._reclaim = reclaim
+        self._on_relief = on_relief
+        self._observe = observe
+        self._costs = StepCosts()
         self._new: deque[Job] = deque()
-        self._jobs: list[Job] = []
+        self._jobs: list[Job] = []  # in the gateway's order
+        self._leaving: list[weakref.ref[WorkingKv]] = []  # of preempted jobs, until the memory is free
+        self._patient_until_s = 0.0
         self._worker = Worker("engine", self._work, torch.get_num_threads())
 
     @property
@@ -133,24 +192,35 @@ class Engine:
 
     def _work(self) -> float | None:
         while self._new:
-            self._jobs.append(self._new.popleft())
+            bisect.insort(self._jobs, self._new.popleft(), key=lambda job: job.order)
         for job in [job for job in self._jobs if job.is_cancelled]:
             self._remove(job)
             self._abandon_save(job)
+        pause_s = self._step() if self._jobs else None
         if self._jobs:
-            self._step()
-        return 0.0 if self._jobs else None
+            return pause_s
+        self._note_shortage(False)
+        return None
 
-    def _step(self) -> None:
-        views = [JobView(i, job.remaining_prompt, job.is_loading) for i, job in enumerate(self._jobs)]
-        plan = plan_step(views, self._token_budget)
-        started = time.monotonic()
+    def _step(self) -> float:
+        """Take a step. Returns after how many seconds to take the next one."""
+        views = [self._view(i, job) for i, job in enumerate(self._jobs)]
+        self._note_shortage(any(view.lacks_room for view in views))
+        decodes = sum(view.remaining_prompt == 0 for view in views)
+        beside = self._costs.prefill_beside(decodes, self._stretch) if 0 < decodes < len(views) else None
+        plan = plan_step(views, self._token_budget, beside, is_freeing=self.is_short and self._is_freeing())
         jobs = [self._jobs[i] for i in plan.decode]
-        segments = [Segment(job.kv, torch.tensor([job.sampled[-1]])) for job in jobs]
-        if plan.prefill is not None:
-            job = self._jobs[plan.prefill]
-            jobs.append(job)
-            segments.append(self._prefill_segment(job, plan.prefill_tokens))
+        prompts = [self._jobs[i] for i, _ in plan.prefill]
+        if plan.preempt is not None:
+            self._preempt(self._jobs[plan.preempt])
+        if not jobs and not prompts:
+            return _STALLED_S
+        was_loaded = all(job.history == "here" for job in prompts)
+        started = time.monotonic()
+        last_tokens = torch.tensor([job.sampled[-1] for job in jobs]).split(1) if jobs else ()
+        segments = [Segment(job.kv, token) for job, token in zip(jobs, last_tokens, strict=True)]
+        segments += [self._prefill_segment(job, tokens) for job, (_, tokens) in zip(prompts, plan.prefill, strict=True)]
+        jobs += prompts
         try:
             logits = self._model.forward(segments)
         except LoadFailed as failure:
@@ -159,24 +229,74 @@ class Engine:
             self._remove(failed)
             self._abandon_save(failed)
             failed.listener.on_load_failed(failed, failure)
-            return
+            return 0.0
         except Exception as error:  # a bug or exhausted memory: the jobs of this step fail, the engine goes on
             log.exception("step failed")
             for job in jobs:
                 self._remove(job)
                 self._abandon_save(job)
                 job.listener.on_failed(job, error)
-            return
+            return 0.0
         self._model.commit(segments)
-        self.stats.steps += 1
-        if plan.prefill is not None:
-            self.stats.prefill_s += time.monotonic() - started
-        self.stats.decode_tokens += len(plan.decode)
-        self.stats.prefill_tokens += plan.prefill_tokens
-        for job, row in zip(jobs, logits, strict=True):
+        self._count(len(plan.decode), plan.prefill_tokens, time.monotonic() - started, was_loaded)
+        # One search for all: for most jobs it is all that sampling is.
+        best = torch.argmax(logits, dim=-1).tolist() if any(job.sampler.is_argmax for job in jobs) else []
+        for i, job in enumerate(jobs):
             self._mark_computed(job)
             if job.remaining_prompt == 0:
-                self._try_take_token(job, row)
+                self._try_take_token(job, logits[i], best[i] if job.sampler.is_argmax else None)
+        return 0.0
+
+    def _view(self, index: int, job: Job) -> JobView:
+        remaining = job.remaining_prompt
+        if remaining:
+            return JobView(index, remaining, job.history)
+        return JobView(index, 0, lacks_room=not self._has_room(job))
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether a decoding job has memory for its next token, if need be at the expense of retained contexts."""
+        while True:
+            try:
+                job.kv.ensure(job.kv.length + 1)
+            except OutOfKv:
+                if not self._reclaim():
+                    return False
+            else:
+                return True
+
+    def _note_shortage(self, is_short: bool) -> None:
+        if is_short and not self.is_short:
+            self._patient_until_s = time.monotonic() + _PATIENCE_S
+        was_short, self.is_short = self.is_short, is_short
+        if was_short and not is_short:
+            self._on_relief()
+
+    def _is_freeing(self) -> bool:
+        """Whether memory is on its way: of a preempted job, or of a turn that is being saved."""
+        self._leaving = [kv for kv in self._leaving if kv() is not None]
+        is_saving = self._saver is not None and self._saver.backlog > 0
+        return (bool(self._leaving) or is_saving) and time.monotonic() < self._patient_until_s
+
+    def _preempt(self, job: Job) -> None:
+        self.stats.preemptions += 1
+        self._remove(job)
+        self._mark_whole(job)
+        if job.load is not None:
+            job.load.is_cancelled = True
+        self._leaving.append(weakref.ref(job.kv))
+        self._patient_until_s = time.monotonic() + _PREEMPTED_PATIENCE_S
+        job.listener.on_preempted(job)
+
+    def _count(self, decodes: int, prefill_tokens: int, seconds: float, was_loaded: bool) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.decode_tokens += decodes
+        stats.prefill_tokens += prefill_tokens
+        if prefill_tokens:
+            stats.prefill_s += seconds
+        if was_loaded:  # otherwise the step's time is also the loader's
+            self._costs.observe(decodes, prefill_tokens, seconds)
+        self._observe(decodes, prefill_tokens, seconds)
 
     def _prefill_segment(self, job: Job, tokens: int) -> Segment:
         start = job.kv.length
@@ -198,17 +318,19 @@ class Engine:
         )
 
     def _mark_computed(self, job: Job) -> None:
-        if job.save is None or self._saver is None:
-            return
-        length = job.kv.length
-        for layer in range(job.kv.shape.layers):
-            job.save.layer_done(layer, length)
-        if length % job.save.chunk_tokens == 0:
+        """Tell the saver of a chunk that is full. It has no use for less before the end."""
+        if job.save is not None and self._saver is not None and job.kv.length % job.save.chunk_tokens == 0:
+            self._mark_whole(job)
             self._saver.notify()
 
-    def _try_take_token(self, job: Job, logits: torch.Tensor) -> None:
+    @staticmethod
+    def _mark_whole(job: Job) -> None:
+        if job.save is not None:
+            job.save.all_done(job.kv.length)
+
+    def _try_take_token(self, job: Job, logits: torch.Tensor, best: int | None) -> None:
         try:
-            self._take_token(job, logits)
+            self._take_token(job, logits, best)
         except Exception as error:  # a schema that cannot be followed any more, or a bug: this job's matter alone
             if not isinstance(error, CallerError):
                 log.exception("sampling failed")
@@ -216,8 +338,13 @@ class Engine:
             self._abandon_save(job)
             job.listener.on_failed(job, error)
 
-    def _take_token(self, job: Job, logits: torch.Tensor) -> None:
-        token = job.sampler.sample(logits)
+    def _take_token(self, job: Job, logits: torch.Tensor, best: int | None) -> None:
+        """best: the token with the largest logit, where it is to be taken."""
+        if best is None:
+            token = job.sampler.sample(logits)
+        else:
+            token = best
+            job.sampler.accept(token)
         logprobs = None if job.logprobs is None else job.logprobs.of(logits, token)
         job.sampled.append(token)
         if job.save is not None:
@@ -239,6 +366,7 @@ class Engine:
         if job.finish_reason:
             job.done_s = time.monotonic()
             self._remove(job)
+            self._mark_whole(job)
             job.listener.on_done(job)
 
     def _remove(self, job: Job) -> None:

@@ -4,44 +4,119 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+# The least that a prompt gets beside decoding jobs, so that these never starve it; smaller pieces cost nearly as much.
+LEAST_PIECE_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as the planner sees it, in order of arrival."""
+    """A job as the planner sees it. Jobs come in the gateway's order."""
 
     job: int
     remaining_prompt: int  # tokens of the prompt still to compute; 0: the job decodes
-    is_loading: bool  # layer 0 of its history is not there yet
+    history: Literal["here", "arriving", "absent"] = "here"  # arriving: from layer 0 on; absent: not even that
+    lacks_room: bool = False  # there is no memory for its next token
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which jobs decode one token, and how many prompt tokens of which job are computed beside them."""
+    """Which jobs decode one token, how many prompt tokens of which jobs are computed beside them, and who gives way."""
 
     decode: tuple[int, ...] = ()
-    prefill: int | None = None
-    prefill_tokens: int = 0
+    prefill: tuple[tuple[int, int], ...] = ()  # job, tokens
+    preempt: int | None = None
 
     @property
-    def is_empty(self) -> bool:
-        return not self.decode and self.prefill is None
+    def prefill_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.prefill)
 
 
-def plan_step(jobs: Sequence[JobView], token_budget: int) -> StepPlan:
-    """All decoding jobs go on; the first job with prompt left gets what remains of the budget.
+def plan_step(
+    jobs: Sequence[JobView], token_budget: int, beside_decodes: int | None = None, *, is_freeing: bool = False
+) -> StepPlan:
+    """All decoding jobs go on; what remains of the budget goes to prompts, in order.
 
-    One prompt at a time, in order of arrival: later prompts would only make the first one's answer later. A job
-    whose history has not begun to arrive lets the next one pass, unless there is nothing else to do: then
-    it is planned, and its first layer waits for the loader.
-    Long prompts go in pieces of the budget, so that decoding jobs wait for one piece at most.
+    token_budget: tokens in a step; more than there are jobs. beside_decodes: prompt tokens in a step in which jobs
+    decode, so that it does not take much longer than without them (StepCosts); None: as many as the budget holds.
+    Long prompts go in pieces of that, short ones share a step.
+
+    A prompt whose history has not begun to arrive lets the next one pass, unless there is nothing else to do: then it
+    is planned, and its first layer waits for the loader. While others decode, it is planned when all of its history is
+    here: they do not wait for it, and it loses nothing, for it is loaded meanwhile.
+
+    Where memory lacks, the last job in order is preempted, unless memory is on its way (is_freeing).
     """
-    decode = tuple(view.job for view in jobs if view.remaining_prompt == 0)
-    waiting = [view for view in jobs if view.remaining_prompt > 0]
-    ready = next((view for view in waiting if not view.is_loading), None)
-    chosen = ready if ready is not None or decode or not waiting else waiting[0]
-    if chosen is None:
-        return StepPlan(decode)
-    # Decoding jobs never starve prefill: at least half of the budget is for the prompt.
-    room = max(token_budget - len(decode), token_budget // 2, 1)
-    return StepPlan(decode, chosen.job, min(chosen.remaining_prompt, room))
+    preempt = None
+    if any(view.lacks_room for view in jobs) and not is_freeing:
+        preempt = jobs[-1].job
+    staying = [view for view in jobs if view.job != preempt]
+    decode = tuple(view.job for view in staying if view.remaining_prompt == 0 and not view.lacks_room)
+    waiting = [view for view in staying if view.remaining_prompt > 0]
+    room = token_budget - len(decode)
+    if decode and beside_decodes is not None:
+        room = min(room, beside_decodes)
+    ready = [view for view in waiting if view.history == "here" or (view.history == "arriving" and not decode)]
+    prefill = _share(ready if ready or decode else waiting[:1], room)
+    return StepPlan(decode, prefill, preempt)
+
+
+def _share(waiting: Sequence[JobView], room: int) -> tuple[tuple[int, int], ...]:
+    """Pieces of prompts in order, the last one cut to fit."""
+    pieces: list[tuple[int, int]] = []
+    for view in waiting:
+        piece = min(view.remaining_prompt, room)
+        if piece == 0 or (pieces and piece < min(view.remaining_prompt, LEAST_PIECE_TOKENS)):
+            break  # nothing is left, or a splinter that would cost more than it brings
+        pieces.append((view.job, piece))
+        room -= piece
+    return tuple(pieces)
+
+
+class StepCosts:
+    """How long steps take, learned from those that were taken. No clock: whoever takes steps tells."""
+
+    _WEIGHT = 0.2  # of the newest step
+    _MIXED_STEPS = 32  # then one without prompts, that what the decoding jobs take alone stays known
+
+    def __init__(self) -> None:
+        self._decode_s: dict[int, float] = {}  # of steps without prompts, by how many jobs decode
+        self._prefill_token_s: float | None = None
+        self._mixed_steps = 0  # since the last one without prompts
+
+    def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
+        """A step of so many decoding jobs and prompt tokens took `seconds`."""
+        if prefill_tokens == 0:
+            self._decode_s[decodes] = self._mix(self._decode_s.get(decodes), seconds)
+            self._mixed_steps = 0
+            return
+        if decodes:
+            self._mixed_steps += 1
+        alone_s = self._decode_only_s(decodes)
+        if alone_s is not None:
+            token_s = max(0.0, seconds - alone_s) / prefill_tokens
+            self._prefill_token_s = self._mix(self._prefill_token_s, token_s)
+
+    def prefill_beside(self, decodes: int, stretch: float) -> int:
+        """Prompt tokens with which a step takes `stretch` times as long as its decoding jobs alone.
+
+        0: this step is to show what they take alone. Otherwise never so few that prompts starve.
+        """
+        alone_s = self._decode_only_s(decodes)
+        if alone_s is None or self._mixed_steps >= self._MIXED_STEPS:
+            return 0
+        if self._prefill_token_s is None:
+            return LEAST_PIECE_TOKENS
+        tokens = (stretch - 1) * alone_s / max(self._prefill_token_s, 1e-9)
+        return max(int(tokens), LEAST_PIECE_TOKENS)
+
+    def _decode_only_s(self, decodes: int) -> float | None:
+        """As measured with the nearest number of jobs; None: not measured yet."""
+        if decodes == 0:
+            return 0.0
+        nearest = min(self._decode_s, key=lambda known: (abs(known - decodes), known), default=None)
+        return None if nearest is None else self._decode_s[nearest]
+
+    def _mix(self, known: float | None, new: float) -> float:
+        return new if known is None else known + self._WEIGHT * (new - known)

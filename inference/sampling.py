@@ -65,6 +65,11 @@ class Sampler:
         self._is_plain = guide is None and self._bias is None and self._seen is None and self._counts is None
 
     @property
+    def is_argmax(self) -> bool:
+        """The next token is the one with the largest logit, and nothing else matters."""
+        return self._is_greedy and self._is_plain
+
+    @property
     def is_over(self) -> bool:
         """The schema is fulfilled and allows nothing more."""
         return self._guide is not None and self._guide.is_over

@@ -90,7 +90,8 @@ class SaveTask:
         self.chunk: _Chunk | None = None  # being copied
         self.filled: list[_Chunk] = []
         self.commits: list[_Commit] = []  # not answered yet, oldest first
-        self.final: Manifest | None = None  # set when the turn is over
+        self.final: Manifest | None = None  # set when the turn is over, or preempted
+        self.is_preempted = False  # its chunks are saved, and no manifest: the turn goes on from them
         self.final_s = 0.0
         self.is_abandoned = False
         self.on_end: Callable[[bool], None] = _nobody
@@ -101,6 +102,10 @@ class SaveTask:
 
     def layer_done(self, layer: int, tokens: int) -> None:
         self.computed[layer] = tokens
+
+    def all_done(self, tokens: int) -> None:
+        """Every layer is computed up to `tokens`."""
+        self.computed = [tokens] * len(self.computed)
 
     def saved_manifest(self, manifest: Manifest) -> Manifest:
         """`manifest` with the chunks that were saved. To be asked when all are."""
@@ -193,12 +198,17 @@ class Saver:
         """Something was computed that could complete a chunk."""
         self._worker.notify()
 
-    def finish(self, task: SaveTask, manifest: Manifest, on_end: Callable[[bool], None]) -> None:
+    def finish(
+        self, task: SaveTask, manifest: Manifest, on_end: Callable[[bool], None], *, is_preempted: bool = False
+    ) -> None:
         """The turn is over: save the rest, then `manifest` (without chunk ids; they are filled in).
+
+        is_preempted: it is not over, but leaves the engine: `manifest` only tells how much there is to save.
 
         on_end: called once from the saver's thread; False: given up.
         """
         task.on_end = on_end
+        task.is_preempted = is_preempted
         task.final_s = time.monotonic()
         task.final = manifest
         self.notify()
@@ -330,12 +340,14 @@ class Saver:
         return not is_copying or filled_bytes >= _COMMIT_BYTES
 
     def _commit(self, task: SaveTask) -> None:
-        manifest = task.saved_manifest(task.final) if task.final is not None and task.is_copied else None
+        manifest = None
+        if task.final is not None and task.is_copied and not task.is_preempted:
+            manifest = task.saved_manifest(task.final)
         chunks, task.filled = task.filled, []
         for chunk in chunks:
             chunk.was_told = True
         accepted = self._ask(self._hand_over([task.committed(chunk) for chunk in chunks], manifest))
-        task.commits.append(_Commit(chunks, manifest is not None, accepted))
+        task.commits.append(_Commit(chunks, task.is_copied, accepted))
 
     async def _hand_over(self, chunks: list[CommittedChunk], manifest: Manifest | None) -> tuple[bool, ...]:
         """Tell the daemon of chunks and, right behind them, of the context that they complete. Raises PeerError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -12,8 +13,11 @@ from typing import Any
 
 import torch
 
+from inference.admission import Admission
 from inference.config import InferenceConfig
 from inference.engine import Engine, Job
+from inference.mailbox import Mailbox
+from inference.memory import free_bytes, working_kv_bytes
 from inference.model import LoadedModel, load_model
 from inference.preload import Loader
 from inference.save import Saver
@@ -43,12 +47,24 @@ class InferenceService:
     """One model on one device. Built with a loaded model; start and stop on one event loop."""
 
     def __init__(self, config: InferenceConfig, model: LoadedModel, registry: Registry) -> None:
+        """Raises ConfigError: working KV holds not even one context."""
         self.config = config
         self.model = model
         self.metrics = InferenceMetrics(registry)
         self.manifests = ManifestCache(_MANIFEST_CACHE_BYTES)
-        self.buffers = Buffers(model.checked.shape, config.retain_bytes // 2 + _SPARE_BUFFER_BYTES)
+        shape = model.checked.shape
+        capacity_bytes = working_kv_bytes(
+            config.working_kv_bytes,
+            free_bytes(shape.device),
+            shape,
+            model.max_context,
+            config.max_running,
+            config.retain_bytes,
+        )
+        spare_bytes = config.retain_bytes // 2 + _SPARE_BUFFER_BYTES
+        self.buffers = Buffers(shape, spare_bytes, capacity_bytes, model.max_context)
         self.retained = RetentionPool(self.buffers, config.retain_bytes, config.chunk_tokens)
+        self.admission = Admission(self.retained.let_go, lambda: self.engine.is_short)
         self.store: Store | None = None
         self.saver: Saver | None = None
         self._turns = 0
@@ -62,10 +78,12 @@ class InferenceService:
         )
         self.loader: Loader
         self.engine: Engine
+        self.mailbox: Mailbox
 
     async def start(self) -> None:
         """Begin to serve. Raises ConfigError: the endpoint is taken."""
         loop = asyncio.get_running_loop()
+        self.mailbox = Mailbox(loop)
         checked = self.model.checked
         if self.config.reuse:
             self.store = Store(
@@ -80,10 +98,30 @@ class InferenceService:
             await self.store.start(_STORE_WAIT_S)
         with ThreadPoolExecutor(1) as starting:
             await loop.run_in_executor(starting, self.buffers.warm, self._warm_tokens())
-        self.engine = Engine(checked.model, self.saver, self.config.step_tokens)
+
+        def wake_admission() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self.admission.wake)
+
+        def memory_given() -> None:
+            if self.engine.is_short:
+                self.engine.poke()
+            if len(self.admission):
+                wake_admission()
+
+        self.engine = Engine(
+            checked.model,
+            self.saver,
+            self.config.step_tokens,
+            self.config.step_stretch,
+            reclaim=self.retained.let_go,
+            on_relief=wake_admission,
+            observe=self.metrics.observe_step,
+        )
         # The engine alone computes on several cores. Were there more than those in OpenMP's threads, it would put them
         # to sleep after each product.
         torch.set_num_threads(1)
+        self.buffers.on_given = memory_given
         self.loader = Loader(checked.model.rotary, self.engine.poke)
         self.loader.start()
         self.engine.start()
@@ -92,6 +130,9 @@ class InferenceService:
             {
                 "running": lambda: self._turns,
                 "backlog": lambda: saver.backlog if saver is not None else 0,
+                "waiting": lambda: len(self.admission),
+                "working_kv_bytes": lambda: self.buffers.used_bytes,
+                "working_kv_capacity_bytes": lambda: self.buffers.capacity_bytes or 0,
                 "retained_bytes": lambda: self.retained.used_bytes,
                 "spare_bytes": lambda: self.buffers.spare_bytes,
                 "store_connected": lambda: float(store is not None and store.is_connected),
@@ -146,6 +187,7 @@ class InferenceService:
             def saved_on_loop(saved: bool) -> None:
                 kv.pending_saves -= 1
                 self.retained.trim()
+                self.admission.wake()  # it may be let go from now on
                 if not saved:
                     self.metrics.unsaved_turns.inc()
                     return
@@ -254,6 +296,7 @@ async def _serve(config: InferenceConfig) -> int:
             model=model.name,
             context=model.max_context,
             kv_bytes_per_token=model.geometry.token_bytes,
+            working_kv_bytes=fresh.buffers.capacity_bytes,
             selfcheck=f"{model.checked.difference:.1e}",
             threads=torch.get_num_threads(),
             start_s=round(time.monotonic() - started, 2),

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inference.context import History, Known, Wanted, account, account_chunks, known_history, wanted_chunks
+from inference.context import (
+    History,
+    Known,
+    Wanted,
+    account,
+    account_chunks,
+    known_history,
+    wanted_chunks,
+    worth_taking,
+)
 from inference.engine import Job
 from inference.guided import Guide, compile_schema
 from inference.logprobs import Logprobs
@@ -19,7 +28,7 @@ from inference.sampling import Sampler
 from inference.save import SaveTask
 from inference.store import UNAVAILABLE, Lease
 from inference.text import AnswerText, calls_tool, prompt_tokens, render
-from inference.working_kv import WorkingKv
+from inference.working_kv import OutOfKv, RetainedMatch, WorkingKv, new_context
 from monitoring.logs import get_logger
 from protocol import ids
 from protocol.errors import CachedAttentionError, ContextLengthExceeded, InternalError, InvalidRequest
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _LOAD_DEADLINE_S = 20.0
+_SAVE_PREEMPTED_S = 5.0  # somebody waits for the memory; what is not saved by then is computed again
 _LEASE_MS = 30_000  # longer than a load may take
 # An answer's working KV begins with room for so many tokens and grows; reserving for the longest answer that a
 # client allows would waste most of it.
@@ -80,6 +90,10 @@ class Plan:
     guide: Guide | None  # at the answer's beginning
 
 
+class Preempted:
+    """Somebody earlier in the gateway's order needed the job's memory."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """Working KV with the history in it or on its way."""
@@ -98,7 +112,12 @@ class Turn:
         self._call = call
         self._request = request
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[TurnDelta | Exception | None] = asyncio.Queue()
+        self._events: asyncio.Queue[TurnDelta | Preempted | Exception | None] = asyncio.Queue()
+        self._history, self._miss_reason = History(), ""
+        self._failure_reason = ""
+        self._load_failures = 0
+        self._was_preempted = False
+        self._set_aside: Manifest | None = None  # what a preemption saved
 
     # -- listener, on the engine's thread -----------------------------------------------------------------
 
@@ -119,8 +138,11 @@ class Turn:
         known = isinstance(error, CachedAttentionError)
         self._tell(error if known else InternalError(f"{type(error).__name__}: {error}"))
 
-    def _tell(self, event: TurnDelta | Exception | None) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def _tell(self, event: TurnDelta | Preempted | Exception | None) -> None:
+        self._service.mailbox.put(self._events, event)
+
+    def on_preempted(self, job: Job) -> None:
+        self._tell(Preempted())
 
     # -- the turn -----------------------------------------------------------------------------------------
 
@@ -135,29 +157,85 @@ class Turn:
         done = self._already_done(plan)
         if done is not None:
             return done
-        failure_reason = ""
-        # Once as planned, once more where chunks turned out bad on the way, and then without the store.
-        for use_store in (True, True, False):
-            sampler = self._sampler(plan)
-            begun = await self._begin(plan, use_store=use_store)
-            job = self._job(plan, begun, sampler, admitted_s)
-            try:
-                self._service.engine.submit(job)
-                failure = await self._follow(job)
-            except asyncio.CancelledError:
-                self._service.engine.cancel(job)
-                raise
-            if failure is None:
-                break
-            failure_reason = failure.reason
-            self._service.metrics.load_failures.labels(failure.reason).inc()
-            log.warning("history did not arrive", reason=failure.reason)
-            if failure.reason == "corrupt" and failure.ref is not None and self._service.store is not None:
-                await self._service.store.quarantine(failure.ref)
-        usage = account(
-            len(plan.prompt), len(job.sampled), begun.history, plan.known, failure_reason or begun.miss_reason
+        job = self._job(plan, admitted_s)
+        while not await self._attempt(plan, job):
+            pass
+        reason = self._failure_reason or self._miss_reason
+        return self._finish(plan, job, account(len(plan.prompt), len(job.sampled), self._history, plan.known, reason))
+
+    async def _attempt(self, plan: Plan, job: Job) -> bool:
+        """Let the job run. True: it ended. False: it runs again, for it was preempted or its history did not arrive."""
+        begun = await self._begin(plan, job)
+        if not self._was_preempted:  # where the prompt came from is what the first tokens were computed from
+            self._history, self._miss_reason = begun.history, begun.miss_reason
+        self._enter(plan, job, begun)
+        try:
+            self._service.engine.submit(job)
+            event = await self._follow(job)
+            if isinstance(event, LoadFailed):
+                job.leave()
+                await self._note_failure(event)
+            elif event is not None:
+                self._was_preempted = True
+                self._service.metrics.preemptions.inc()
+                self._set_aside = await self._save_preempted(plan, job)
+        except asyncio.CancelledError:
+            self._service.engine.cancel(job)
+            if job.save is not None and self._service.saver is not None:
+                self._service.saver.abandon(job.save)  # the engine does not, if it has preempted the job meanwhile
+            raise
+        return event is None
+
+    async def _note_failure(self, failure: LoadFailed) -> None:
+        """Once as planned, once more where chunks turned out bad on the way, and then without the store."""
+        self._load_failures += 1
+        if not self._was_preempted:
+            self._failure_reason = failure.reason
+        self._service.metrics.load_failures.labels(failure.reason).inc()
+        log.warning("history did not arrive", reason=failure.reason)
+        if failure.reason == "corrupt" and failure.ref is not None and self._service.store is not None:
+            await self._service.store.quarantine(failure.ref)
+
+    async def _save_preempted(self, plan: Plan, job: Job) -> Manifest | None:
+        """Save what a preempted job has computed, and let go of its memory.
+
+        Returns its context as saved, to go on from; None: it is computed again, as far as the store does not have it.
+        """
+        service, save, length = self._service, job.save, job.kv.length
+        token_ids = job.token_ids
+        was_loaded = job.load is None or job.load.ready_layers == job.kv.shape.layers
+        job.leave()
+        if save is None or service.saver is None:
+            return None
+        if not was_loaded or service.store is None or not service.store.is_connected:
+            service.saver.abandon(save)
+            return None
+        context = Manifest(
+            turn_key=self._request.job_id,  # nobody asks for it
+            namespace=plan.namespace,
+            token_ids=ids.pack_tokens(token_ids),
+            text="",
+            chunk_ids=(),
+            kv_tokens=length,
         )
-        return self._finish(plan, job, usage)
+        loop, ended = self._loop, asyncio.Event()
+        is_saved = False
+
+        def on_end(saved: bool) -> None:
+            nonlocal is_saved
+            is_saved = saved
+            loop.call_soon_threadsafe(ended.set)
+
+        service.saver.finish(save, context, on_end, is_preempted=True)
+        try:
+            async with asyncio.timeout(_SAVE_PREEMPTED_S):
+                await ended.wait()
+        except TimeoutError:
+            log.warning("a preempted turn was not saved in time", tokens=length)
+        finally:
+            if not ended.is_set():
+                service.saver.abandon(save)
+        return save.saved_manifest(context) if is_saved else None
 
     async def _plan(self) -> Plan:
         service, request = self._service, self._request
@@ -213,44 +291,69 @@ class Turn:
             service.manifests.put(manifest)
         return manifest, reason
 
-    async def _begin(self, plan: Plan, *, use_store: bool) -> Begun:
-        """Choose where the history comes from, the working KV or the store, whichever reaches further."""
-        service, prompt = self._service, plan.prompt
-        chunk_tokens = service.config.chunk_tokens
-        capacity = min(len(prompt) + len(self._request.resume_tokens) // 4 + self._answer_room(), self._limit())
-        if not service.config.reuse:
-            kv = WorkingKv(service.buffers, capacity)
-            kv.begin(0, 0, capacity)
-            return Begun(kv, History(), None, "reuse_off")
-        match = service.retained.match(plan.namespace, prompt)
-        lease, miss_reason = None, ""
-        enough = max(plan.known.tokens, 1)
-        if use_store and service.store is not None and (match is None or match.tokens < enough):
-            lease, miss_reason = await self._acquire(plan)
-            match = service.retained.match(plan.namespace, prompt)  # what was there may have been taken meanwhile
-        stored = account_chunks(lease.chunks, len(prompt)) if lease is not None else History()
-        if match is not None and match.tokens >= stored.tokens:
-            self._release(lease)
-            kv = service.retained.take(match, capacity)
-            return Begun(kv, History(match.tokens, hbm=match.tokens), None, miss_reason)
-        kv = WorkingKv(service.buffers, capacity)
-        kv.begin(stored.tokens, stored.tokens // chunk_tokens * chunk_tokens, capacity)
-        return Begun(kv, stored, lease, miss_reason)
+    async def _begin(self, plan: Plan, job: Job) -> Begun:
+        """Wait for memory, and choose where the history comes from: working KV or the store, as far as each reaches."""
+        service, chunk_tokens = self._service, self._service.config.chunk_tokens
+        token_ids = job.token_ids
+        most = len(plan.prompt) - 1  # of the account; a job that goes on may find more
+        capacity = min(len(token_ids) + self._answer_room(), self._limit())
+        known = plan.known.tokens if self._set_aside is None else self._set_aside.kv_tokens
+        use_store = service.store is not None and self._load_failures < 2
+        miss_reason = "" if service.config.reuse else "reuse_off"
+        # The memory is taken before the store is asked, for as much history as may be there.
+        enough, raw_base = known or len(token_ids), known // chunk_tokens * chunk_tokens
+        if not use_store:
+            enough, raw_base = 1, 0
 
-    def _wanted(self, plan: Plan) -> Wanted:
+        def retained() -> RetainedMatch | None:
+            match = service.retained.match(plan.namespace, token_ids) if service.config.reuse else None
+            is_worth = match is not None and worth_taking(match.tokens, len(token_ids), known, chunk_tokens)
+            return match if is_worth else None
+
+        def take() -> WorkingKv:
+            match = retained()
+            found = service.retained.take(match, capacity) if match is not None and match.tokens >= enough else None
+            return new_context(service.buffers, capacity, raw_base) if found is None else found
+
+        while True:
+            asked_s = time.monotonic()
+            kv = await service.admission.enter(self._request.order, take)
+            service.metrics.admission_seconds.observe(time.monotonic() - asked_s)
+            if not job.sampled:
+                job.admitted_s += time.monotonic() - asked_s
+            if kv.length or not use_store:
+                return Begun(kv, History(min(kv.length, most), hbm=min(kv.length, most)), None, miss_reason)
+            lease, miss_reason = await self._acquire(plan, token_ids)
+            chunks = () if lease is None else lease.chunks
+            stored = account_chunks(chunks, len(token_ids)).tokens
+            match = retained()  # what was there may have been taken meanwhile
+            if match is not None and match.tokens >= stored:
+                enough = match.tokens
+            else:
+                try:
+                    kv.begin(stored, stored // chunk_tokens * chunk_tokens, capacity)
+                    return Begun(kv, account_chunks(chunks, len(plan.prompt)), lease, miss_reason)
+                except OutOfKv:  # the store has less than was known, so that more is to be saved
+                    raw_base = 0
+            self._release(lease)
+            del kv
+
+    def _wanted(self, plan: Plan, token_ids: TokenArray) -> Wanted:
         """The chunks to ask for, by what is known of the parent now.
 
         Its save may have ended since the plan was made: then its chunks have names, and its working KV may be gone.
         """
-        service, parent = self._service, plan.parent
+        service, parent, continues = self._service, plan.parent, plan.continues
         if parent is not None:
             parent = service.manifests.get(parent.turn_key) or parent
-        return wanted_chunks(plan.namespace, plan.prompt, parent, plan.continues, service.config.chunk_tokens)
+        if self._set_aside is not None:
+            parent, continues = self._set_aside, True
+        return wanted_chunks(plan.namespace, token_ids, parent, continues, service.config.chunk_tokens)
 
-    async def _acquire(self, plan: Plan) -> tuple[Lease | None, str]:
+    async def _acquire(self, plan: Plan, token_ids: TokenArray) -> tuple[Lease | None, str]:
         store = self._service.store
         assert store is not None
-        wanted = self._wanted(plan)
+        wanted = self._wanted(plan, token_ids)
         if not wanted.chunk_ids and wanted.partial_id is None:
             return None, ""
         return await store.acquire(
@@ -264,16 +367,31 @@ class Turn:
             )
         )
 
-    def _job(self, plan: Plan, begun: Begun, sampler: Sampler, admitted_s: float) -> Job:
+    def _job(self, plan: Plan, admitted_s: float) -> Job:
         service, request = self._service, self._request
         resumed = ids.unpack_tokens(request.resume_tokens).tolist()
         answer = AnswerText(service.model.tokenizer, request.sampling.stop)
         for token in resumed:
             answer.feed(token)  # the client has this text already
         wanted = request.sampling.logprobs
-        kv = begun.kv
+        return Job(
+            prompt=plan.prompt,
+            resumed=resumed,
+            sampler=self._sampler(plan),
+            answer=answer,
+            max_tokens=self._max_tokens(len(plan.prompt)),
+            eos_ids=service.model.eos_ids,
+            listener=self,
+            order=request.order,
+            logprobs=None if wanted is None else Logprobs(service.model.vocabulary, wanted),
+            admitted_s=admitted_s,
+        )
+
+    def _enter(self, plan: Plan, job: Job, begun: Begun) -> None:
+        """Give the job its working KV, and have the rest of its history loaded, and what it computes saved."""
+        service, kv = self._service, begun.kv
         load = None
-        if begun.lease is not None and service.store is not None:
+        if begun.lease is not None:
             load = LoadTask(
                 kv,
                 begun.lease.arena,
@@ -284,23 +402,10 @@ class Turn:
             service.loader.submit(load)
         save = None
         if service.saver is not None:
-            token_ids = [*plan.prompt.tolist(), *resumed]
-            save = SaveTask(kv, plan.namespace, plan.prompt[: kv.raw.base], token_ids, service.config.chunk_tokens)
+            token_ids = job.token_ids
+            save = SaveTask(kv, plan.namespace, token_ids[: kv.raw.base], token_ids, service.config.chunk_tokens)
             service.saver.begin(save)
-        return Job(
-            prompt=plan.prompt,
-            resumed=resumed,
-            kv=kv,
-            sampler=sampler,
-            answer=answer,
-            max_tokens=self._max_tokens(len(plan.prompt)),
-            eos_ids=service.model.eos_ids,
-            listener=self,
-            load=load,
-            save=save,
-            logprobs=None if wanted is None else Logprobs(service.model.vocabulary, wanted),
-            admitted_s=admitted_s,
-        )
+        job.enter(kv, load, save)
 
     def _release(self, lease: Lease | None) -> None:
         """Give a lease back. Called from the loader's thread."""
@@ -308,13 +413,11 @@ class Turn:
         if store is not None and lease is not None:
             self._loop.call_soon_threadsafe(lambda: self._service.spawn(store.release(lease.lease_id)))
 
-    async def _follow(self, job: Job) -> LoadFailed | None:
-        """Stream until the job ends. Returns the failure that asks for another try."""
+    async def _follow(self, job: Job) -> LoadFailed | Preempted | None:
+        """Stream until the job ends. Returns what asks for another try."""
         while True:
             event = await self._events.get()
-            if event is None:
-                return None
-            if isinstance(event, LoadFailed):
+            if event is None or isinstance(event, LoadFailed | Preempted):
                 return event
             if isinstance(event, Exception):
                 raise event

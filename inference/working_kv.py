@@ -9,13 +9,15 @@ then move it.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from protocol.errors import CapacityError
 from protocol.ids import TokenArray
 
 _GRAIN_TOKENS = 256  # the smallest buffer
@@ -46,37 +48,84 @@ class KvShape:
         return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
+class OutOfKv(CapacityError):
+    """Running jobs and what is not saved yet fill the working KV. For this process alone: jobs wait, none fails."""
+
+    code = "out_of_kv"
+
+
+def _nobody() -> None:
+    """Nobody waits for memory."""
+
+
 class Buffers:
-    """Memory for working KV, used again and again.
+    """Memory for working KV, bounded, and used again and again.
 
     The first touch of fresh memory costs more than loading a whole history into memory that was used before
     (measured: 65 ms against 8 for 40 MiB), so what a finished job leaves is kept for the next one, up to
-    `spare_bytes`. Safe from any thread.
+    `spare_bytes`; it gives way to what is wanted now. Safe from any thread.
     """
 
-    def __init__(self, shape: KvShape, spare_bytes: int) -> None:
+    def __init__(
+        self, shape: KvShape, spare_bytes: int, capacity_bytes: int | None = None, longest_tokens: int = 1 << 30
+    ) -> None:
+        """capacity_bytes: of all that is in use and spare; None: no limit. longest_tokens: no context grows beyond."""
         self.shape = shape
-        self.spare_bytes = 0
-        self._capacity_bytes = spare_bytes
+        self.longest_tokens = longest_tokens
+        self.capacity_bytes = capacity_bytes
+        self.on_given: Callable[[], None] = _nobody  # memory came back; called from any thread
+        self._spare_bytes = 0
+        self._spare_limit_bytes = spare_bytes
         self._spare: dict[int, list[torch.Tensor]] = {shape.key_dim: [], shape.value_dim: []}
+        self._used_bytes = 0
         self._lock = threading.Lock()
+        # What destructors give back. They may run at any instruction, also of a thread that holds the lock.
+        self._given: deque[tuple[torch.Tensor | None, int]] = deque()
+
+    @property
+    def used_bytes(self) -> int:
+        """Held by running jobs, retained contexts and the write buffer."""
+        with self._lock:
+            self._take_in()
+            return self._used_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        with self._lock:
+            self._take_in()
+            return self._spare_bytes
 
     def take(self, tokens: int, dim: int) -> torch.Tensor:
-        """Uninitialised memory for at least `tokens` tokens.  # [layers, >= tokens, kv_heads, dim]"""
-        with self._lock:
-            # Not much larger than asked for: a short job must not sit on a long job's memory.
-            fitting = [b for b in self._spare[dim] if tokens <= b.shape[1] <= 4 * max(tokens, _GRAIN_TOKENS)]
-            if fitting:
-                best = min(fitting, key=lambda buffer: buffer.shape[1])
-                self._spare[dim] = [b for b in self._spare[dim] if b is not best]
-                self.spare_bytes -= best.nbytes
-                return best
+        """Uninitialised memory for at least `tokens` tokens.  # [layers, >= tokens, kv_heads, dim]
+
+        Raises OutOfKv.
+        """
         shape = self.shape
+        size = round_up(tokens)
+        wanted_bytes = size * shape.layers * shape.kv_heads * dim * shape.dtype.itemsize
+        with self._lock:
+            self._take_in()
+            found = self._find_spare(tokens, size, dim)
+            if found is None:
+                self._make_room(wanted_bytes)
+            self._used_bytes += wanted_bytes if found is None else found.nbytes
+        if found is not None:
+            return found
         # Made in a step, it would be an inference tensor, which no thread may write to outside of one.
         with torch.inference_mode(False):
-            return torch.empty(
-                shape.layers, _round_up(tokens), shape.kv_heads, dim, dtype=shape.dtype, device=shape.device
-            )
+            return torch.empty(shape.layers, size, shape.kv_heads, dim, dtype=shape.dtype, device=shape.device)
+
+    def expect(self, nbytes: int) -> None:
+        """Raises OutOfKv: there is no memory for so much."""
+        with self._lock:
+            self._take_in()
+            self._check_room(nbytes)
+
+    def nothing(self, dim: int) -> torch.Tensor:
+        """No memory yet.  # [layers, 0, kv_heads, dim]"""
+        shape = self.shape
+        with torch.inference_mode(False):
+            return torch.empty(shape.layers, 0, shape.kv_heads, dim, dtype=shape.dtype, device=shape.device)
 
     def warm(self, tokens: int) -> None:
         """Make and touch memory for one context of `tokens` tokens, so that the first turns do not pay for it."""
@@ -87,10 +136,72 @@ class Buffers:
 
     def give(self, buffer: torch.Tensor) -> None:
         """Give memory back. Nobody may read or write it any more."""
-        with self._lock:
-            if self.spare_bytes + buffer.nbytes <= self._capacity_bytes:
+        self._give(buffer, buffer.nbytes)
+
+    def retire(self, buffer: torch.Tensor) -> None:
+        """Give memory back that somebody may still be reading: nobody uses it again."""
+        self._give(None, buffer.nbytes)
+
+    def _give(self, buffer: torch.Tensor | None, nbytes: int) -> None:
+        if not nbytes:
+            return
+        self._given.append((buffer, nbytes))
+        if self._lock.acquire(blocking=False):  # otherwise whoever is next in here takes it in
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+        self.on_given()
+
+    # -- with the lock held ---------------------------------------------------------------------------------
+
+    def _take_in(self) -> None:
+        while self._given:
+            buffer, nbytes = self._given.popleft()
+            self._used_bytes -= nbytes
+            if buffer is not None and self._spare_bytes + nbytes <= min(self._spare_limit_bytes, self._room_bytes):
                 self._spare[buffer.shape[3]].append(buffer)
-                self.spare_bytes += buffer.nbytes
+                self._spare_bytes += nbytes
+
+    @property
+    def _room_bytes(self) -> int:
+        """What is not in use."""
+        return 1 << 62 if self.capacity_bytes is None else self.capacity_bytes - self._used_bytes
+
+    def _find_spare(self, tokens: int, size: int, dim: int) -> torch.Tensor | None:
+        # Not much larger than asked for: a short job must not sit on a long job's memory. And no larger at all where
+        # memory is scarce: a context that fits into the whole must not fail because of such waste.
+        fitting = [b for b in self._spare[dim] if tokens <= b.shape[1] <= 4 * max(tokens, _GRAIN_TOKENS)]
+        best = min(fitting, key=lambda buffer: buffer.shape[1], default=None)
+        if best is None or best.nbytes > self._room_bytes:
+            return None
+        is_scarce = self.capacity_bytes is not None and self._used_bytes + best.nbytes > self.capacity_bytes // 4
+        if best.shape[1] > size and is_scarce:
+            return None
+        self._remove_spare(best)
+        return best
+
+    def _make_room(self, nbytes: int) -> None:
+        """Let spare memory go until so much more fits. Raises OutOfKv: it does not fit even so."""
+        self._check_room(nbytes)
+        while nbytes > self._room_bytes - self._spare_bytes:
+            self._remove_spare(max((b for held in self._spare.values() for b in held), key=lambda b: b.nbytes))
+
+    def _check_room(self, nbytes: int) -> None:
+        if nbytes > self._room_bytes:
+            raise OutOfKv(f"{nbytes} bytes of working KV do not fit beside {self._used_bytes} in use")
+
+    def _remove_spare(self, buffer: torch.Tensor) -> None:
+        held = self._spare[buffer.shape[3]]
+        self._spare[buffer.shape[3]] = [b for b in held if b is not buffer]
+        self._spare_bytes -= buffer.nbytes
+
+
+def context_bytes(shape: KvShape, tokens: int, raw_base: int = 0) -> int:
+    """What the working KV of one context of `tokens` tokens takes, with un-rotated keys kept from raw_base on."""
+    number_bytes = shape.layers * shape.kv_heads * shape.dtype.itemsize
+    held = round_up(tokens) * (shape.key_dim + shape.value_dim) + round_up(tokens - raw_base) * shape.key_dim
+    return held * number_bytes
 
 
 class RawKeys:
@@ -100,20 +211,21 @@ class RawKeys:
     """
 
     def __init__(self, buffers: Buffers, base: int, capacity: int) -> None:
+        """Raises OutOfKv."""
         self.base = base
         self._buffers = buffers
-        self.keys = buffers.take(capacity, buffers.shape.key_dim)
+        self.keys = buffers.nothing(buffers.shape.key_dim)
+        if capacity:
+            self.keys = buffers.take(capacity, buffers.shape.key_dim)
 
     def span(self, layers: int | slice, start: int, end: int) -> torch.Tensor:
         """The keys of positions start..end-1.  # [(layers,) end - start, kv_heads, key_dim], a view"""
         return self.keys[layers, start - self.base : end - self.base]
 
     def grow(self, capacity: int) -> None:
+        """Raises OutOfKv; nothing is changed then."""
         if capacity > self.keys.shape[1]:
-            grown = self._buffers.take(capacity, self._buffers.shape.key_dim)
-            grown[:, : self.keys.shape[1]] = self.keys
-            # The old memory is not given back: another thread may be reading from it at this moment.
-            self.keys = grown
+            self.keys = _grown(self._buffers, self.keys, capacity)
 
     def __del__(self) -> None:
         self._buffers.give(self.keys)
@@ -128,15 +240,17 @@ class WorkingKv:
     """
 
     def __init__(self, buffers: Buffers, capacity: int) -> None:
+        """Raises OutOfKv."""
         shape = buffers.shape
         self.shape = shape
         self._buffers = buffers
-        self.keys = buffers.take(capacity, shape.key_dim)  # rotated, [layers, capacity, kv_heads, key_dim]
-        self.values = buffers.take(self.keys.shape[1], shape.value_dim)  # [layers, capacity, kv_heads, value_dim]
+        self.keys = buffers.nothing(shape.key_dim)  # rotated, [layers, capacity, kv_heads, key_dim]
+        self.values = buffers.nothing(shape.value_dim)  # [layers, capacity, kv_heads, value_dim]
         self.length = 0
         self.whole_from = 0  # tokens before this one would see KV that was not loaded, in layers with a sliding window
         self.raw = RawKeys(buffers, 0, 0)
         self.pending_saves = 0  # turns whose KV the saver still copies from here; the event loop counts
+        self._grow_cache(capacity)
 
     def __del__(self) -> None:
         # Whoever reads holds the object, not only its tensors; so nobody reads any more.
@@ -155,30 +269,41 @@ class WorkingKv:
         """Start a job whose first `length` tokens are given, with raw keys kept from raw_base on.
 
         Raw keys of raw_base..length-1 are carried over where they are held; a loader brings them otherwise.
+        Raises OutOfKv; what is held stays usable then.
         """
-        self.length = length
         self._grow_cache(capacity)
-        old = self.raw
-        self.raw = RawKeys(self._buffers, raw_base, max(capacity, length) - raw_base)
-        held_from, held_to = max(old.base, raw_base), min(old.base + old.keys.shape[1], length)
-        if held_from < held_to:
-            self.raw.keys[:, held_from - raw_base : held_to - raw_base] = old.keys[
-                :, held_from - old.base : held_to - old.base
-            ]
+        wanted = max(capacity, length) - raw_base
+        if self.raw.base != raw_base or self.raw.keys.shape[1] < wanted:
+            if self.length == 0:
+                self.raw = RawKeys(self._buffers, 0, 0)  # nothing to carry over: its memory first
+            old, new = self.raw, RawKeys(self._buffers, raw_base, wanted)
+            held_from, held_to = max(old.base, raw_base), min(old.base + old.keys.shape[1], length)
+            if held_from < held_to:
+                new.keys[:, held_from - raw_base : held_to - raw_base] = old.keys[
+                    :, held_from - old.base : held_to - old.base
+                ]
+            self.raw = new
+        self.length = length
 
     def ensure(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in all, half as much again where it has to grow."""
+        """Make room for `tokens` tokens in all, half as much again where it has to grow.
+
+        Raises OutOfKv; what is held stays usable then.
+        """
         if tokens > self.capacity:
-            self._grow_cache(max(tokens, self.capacity * 3 // 2))
+            self._grow_cache(max(tokens, min(self.capacity * 3 // 2, self._buffers.longest_tokens)))
         if tokens > self.raw.base + self.raw.keys.shape[1]:
             # In place: the saver holds this RawKeys object and must see the larger one.
             self.raw.grow(self.capacity - self.raw.base)
 
     def compact(self, chunk_tokens: int) -> None:
-        """Keep no more raw keys than the last, partial chunk needs. Call when all of it is saved."""
+        """Keep no more raw keys than the last, partial chunk needs, if there is room. Call when all of it is saved."""
         base = self.length // chunk_tokens * chunk_tokens
         if base > self.raw.base:
-            tail = RawKeys(self._buffers, base, self.length - base)
+            try:
+                tail = RawKeys(self._buffers, base, self.length - base)
+            except OutOfKv:
+                return
             tail.keys[:, : self.length - base] = self.raw.keys[:, base - self.raw.base : self.length - self.raw.base]
             self.raw = tail
 
@@ -190,17 +315,32 @@ class WorkingKv:
         self.raw.span(layer, start, end).copy_(raw_key)
 
     def _grow_cache(self, tokens: int) -> None:
-        if tokens <= self.capacity:
-            return
-        held = self.capacity
-        keys = self._buffers.take(tokens, self.shape.key_dim)
-        values = self._buffers.take(keys.shape[1], self.shape.value_dim)
-        keys[:, :held] = self.keys[:, :held]
-        values[:, :held] = self.values[:, :held]
-        self.keys, self.values = keys, values
+        if tokens > self.keys.shape[1]:
+            self.keys = _grown(self._buffers, self.keys, tokens)
+        if tokens > self.values.shape[1]:
+            self.values = _grown(self._buffers, self.values, tokens)
 
 
-def _round_up(tokens: int) -> int:
+def new_context(buffers: Buffers, capacity: int, raw_base: int, length: int = 0) -> WorkingKv:
+    """Working KV that is begun; `length` tokens are still to be written or loaded.
+
+    Raises OutOfKv before it takes anything: whoever waits for memory is not woken by its own attempt.
+    """
+    buffers.expect(context_bytes(buffers.shape, capacity, raw_base))
+    kv = WorkingKv(buffers, capacity)
+    kv.begin(length, raw_base, capacity)
+    return kv
+
+
+def _grown(buffers: Buffers, old: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Larger memory with the same bytes. Another thread may be reading from the old one at this moment."""
+    new = buffers.take(tokens, old.shape[3])
+    new[:, : old.shape[1]] = old
+    buffers.retire(old)
+    return new
+
+
+def round_up(tokens: int) -> int:
     """The next size of 256 times 1, 1.5, 2, 3, 4, 6, 8 ...: few sizes, so that a growing context finds spare memory."""
     size = _GRAIN_TOKENS
     while size < tokens:
@@ -238,7 +378,7 @@ class RetentionPool:
     """HBM retention and write buffer: finished contexts stay until their bytes are needed, oldest out first.
 
     A context that is not saved yet stays whatever it takes (the paper's write buffer, section 3.2.2).
-    Owned by the service's event loop; not safe from another thread.
+    The event loop puts and takes; contexts are let go from any thread.
     """
 
     def __init__(self, buffers: Buffers, capacity_bytes: int, chunk_tokens: int) -> None:
@@ -248,6 +388,7 @@ class RetentionPool:
         self._chunk_tokens = chunk_tokens
         self._held: OrderedDict[int, _Retained] = OrderedDict()
         self._next = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -259,32 +400,37 @@ class RetentionPool:
         the chunk could not be saved again otherwise. Where it ends before `whole_from`, the store has more.
         """
         best: RetainedMatch | None = None
-        for key, held in self._held.items():
-            if held.namespace != namespace:
-                continue
-            tokens = min(common_prefix(held.token_ids, prompt), len(prompt) - 1)
+        with self._lock:
+            held = [(key, held) for key, held in self._held.items() if held.namespace == namespace]
+        for key, context in held:
+            tokens = min(common_prefix(context.token_ids, prompt), len(prompt) - 1)
             border = tokens // self._chunk_tokens * self._chunk_tokens
-            if border < held.kv.raw.base:
+            if border < context.kv.raw.base:
                 tokens = border
-            if tokens > 0 and tokens >= held.kv.whole_from and (best is None or tokens >= best.tokens):
+            if tokens > 0 and tokens >= context.kv.whole_from and (best is None or tokens >= best.tokens):
                 best = RetainedMatch(key, tokens)
         return best
 
-    def take(self, match: RetainedMatch, capacity: int) -> WorkingKv:
+    def take(self, match: RetainedMatch, capacity: int) -> WorkingKv | None:
         """Working KV that begins with the matched tokens, ready for a job of up to `capacity` tokens.
 
         A context that only grows is handed over and no longer retained. A branch gets a copy of what it shares:
-        the other branch may go on too, and the saver may still read from it.
+        the other branch may go on too, and the saver may still read from it. None: it was let go meanwhile.
+        Raises OutOfKv: it stays retained, and is the last to go.
         """
-        held = self._held[match.key]
+        with self._lock:
+            held = self._held.get(match.key)
+            if held is None:
+                return None
+            self._held.move_to_end(match.key)
         raw_base = match.tokens // self._chunk_tokens * self._chunk_tokens
         if match.tokens == len(held.token_ids):
-            del self._held[match.key]
-            self.used_bytes -= held.nbytes
             held.kv.begin(match.tokens, raw_base, capacity)
+            with self._lock:
+                if self._held.pop(match.key, None) is not None:
+                    self.used_bytes -= held.nbytes
             return held.kv
-        kv = WorkingKv(self._buffers, capacity)
-        kv.begin(match.tokens, raw_base, capacity)
+        kv = new_context(self._buffers, capacity, raw_base, match.tokens)
         kv.whole_from = held.kv.whole_from
         kv.keys[:, : match.tokens] = held.kv.keys[:, : match.tokens]
         kv.values[:, : match.tokens] = held.kv.values[:, : match.tokens]
@@ -294,23 +440,32 @@ class RetentionPool:
 
     def put(self, namespace: bytes, token_ids: TokenArray, kv: WorkingKv) -> None:
         """Keep a finished context, `token_ids` being those with KV, at the price of the oldest ones."""
-        self._held[self._next] = _Retained(namespace, token_ids, kv, kv.nbytes)
-        self._next += 1
-        self.used_bytes += kv.nbytes
+        with self._lock:
+            self._held[self._next] = _Retained(namespace, token_ids, kv, kv.nbytes)
+            self._next += 1
+            self.used_bytes += kv.nbytes
         self.trim()
 
     def trim(self) -> None:
         """Compact what is saved by now, then let go the oldest saved contexts until the rest fits."""
-        for held in self._held.values():
-            if not held.kv.pending_saves:
-                held.kv.compact(self._chunk_tokens)
-                self.used_bytes += held.kv.nbytes - held.nbytes
-                held.nbytes = held.kv.nbytes
-        for key in list(self._held):
-            if self.used_bytes <= self.capacity_bytes:
-                break
-            if not self._held[key].kv.pending_saves:
-                self.used_bytes -= self._held.pop(key).nbytes
+        with self._lock:
+            for held in self._held.values():
+                if not held.kv.pending_saves:
+                    held.kv.compact(self._chunk_tokens)
+                    self.used_bytes += held.kv.nbytes - held.nbytes
+                    held.nbytes = held.kv.nbytes
+        while self.used_bytes > self.capacity_bytes and self.let_go():
+            pass
+
+    def let_go(self) -> bool:
+        """Give the memory of the oldest saved context back. False: there is none."""
+        with self._lock:
+            key = next((key for key, held in self._held.items() if not held.kv.pending_saves), None)
+            if key is None:
+                return False
+            held = self._held.pop(key)
+            self.used_bytes -= held.nbytes
+        return True
 
 
 def common_prefix(a: TokenArray, b: TokenArray) -> int:

@@ -52,14 +52,44 @@ class InferenceMetrics:
         self.load_failures = Counter(
             "cachedattention_load_failures", "Histories that did not arrive, by reason", ["reason"], registry=registry
         )
-        self.steps = Counter("cachedattention_engine_steps", "Steps of the engine", registry=registry)
-        self.step_tokens = Counter(
+        self._step_seconds = Histogram(
+            "cachedattention_engine_step_seconds",
+            "Time of one step of the engine, by what was in it: decode, prefill or both (mixed)",
+            ["kind"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._step_tokens = Counter(
             "cachedattention_engine_step_tokens", "Tokens computed in steps, by phase", ["phase"], registry=registry
+        )
+        self._steps_by_kind = {kind: self._step_seconds.labels(kind) for kind in ("decode", "prefill", "mixed")}
+        self._tokens_by_phase = {phase: self._step_tokens.labels(phase) for phase in ("decode", "prefill")}
+        self.admission_seconds = Histogram(
+            "cachedattention_admission_seconds",
+            "Time that turns waited for working KV",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "cachedattention_preemptions",
+            "Times that a turn gave its working KV to one earlier in order, and went on later",
+            registry=registry,
         )
         self._running = Gauge(
             "cachedattention_engine_running_jobs",
             "Turns in the engine, loading, in prefill or in decode",
             registry=registry,
+        )
+        self._waiting = Gauge(
+            "cachedattention_admission_waiting_jobs", "Turns that wait for working KV", registry=registry
+        )
+        self._working_kv = Gauge(
+            "cachedattention_working_kv_bytes",
+            "Working KV in use: of running turns, retained ones and the write buffer",
+            registry=registry,
+        )
+        self._working_kv_capacity = Gauge(
+            "cachedattention_working_kv_capacity_bytes", "Bound of the working KV, --working-kv", registry=registry
         )
         self._backlog = Gauge(
             "cachedattention_save_backlog", "Finished turns that wait in the write buffer", registry=registry
@@ -74,9 +104,19 @@ class InferenceMetrics:
             "cachedattention_store_connected", "Whether the KV store is connected", registry=registry
         )
 
+    def observe_step(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
+        """A step of the engine: how many jobs decoded a token in it, and prompt tokens."""
+        kind = ("mixed" if decodes else "prefill") if prefill_tokens else "decode"
+        self._steps_by_kind[kind].observe(seconds)
+        self._tokens_by_phase["decode"].inc(decodes)
+        self._tokens_by_phase["prefill"].inc(prefill_tokens)
+
     def watch(self, sources: Mapping[str, Callable[[], float]]) -> None:
-        """Read gauges from `sources` at scrape time: running, backlog, retained_bytes, spare_bytes, store_connected."""
+        """Read gauges from `sources` at scrape time, by their names here."""
         self._running.set_function(sources["running"])
+        self._waiting.set_function(sources["waiting"])
+        self._working_kv.set_function(sources["working_kv_bytes"])
+        self._working_kv_capacity.set_function(sources["working_kv_capacity_bytes"])
         self._backlog.set_function(sources["backlog"])
         self._retained.set_function(sources["retained_bytes"])
         self._spare.set_function(sources["spare_bytes"])

@@ -144,6 +144,8 @@ class RunTurn:
     # The answer so far, where an earlier attempt died after streaming part of it: the turn continues from there.
     resume_tokens: Tokens = b""
     return_prompt_tokens: Bool = False
+    # The turn's place in the gateway's order, lowest first: who gets memory and who is preempted.
+    order: Count = 0
 
 
 @message("turn_usage")

@@ -119,8 +119,13 @@ def run(coroutine: Coroutine[Any, Any, T], timeout_s: float = 120.0) -> T:
     return asyncio.run(bounded())
 
 
-def make_model(directory: Path, family: str, *, max_context: int = 2048, seed: int = 0, **overrides: Any) -> Path:
-    """A random model of one family with the byte tokenizer, in transformers' format."""
+def make_model(
+    directory: Path, family: str, *, max_context: int = 2048, seed: int = 0, end_token: int = 256, **overrides: Any
+) -> Path:
+    """A random model of one family with the byte tokenizer, in transformers' format.
+
+    end_token: ends an answer. Greedy answers meet 256 soon; some other token they hardly ever meet.
+    """
     prefix, extra = SHAPES[family]
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -142,8 +147,8 @@ def make_model(directory: Path, family: str, *, max_context: int = 2048, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-    model.generation_config.eos_token_id = 256
-    model.generation_config.pad_token_id = 256
+    model.generation_config.eos_token_id = end_token
+    model.generation_config.pad_token_id = end_token
     model.generation_config.bos_token_id = None
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)

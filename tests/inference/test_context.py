@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.context import History, Known, account, account_chunks, known_history, wanted_chunks
+from inference.context import History, Known, account, account_chunks, known_history, wanted_chunks, worth_taking
 from protocol import ids
 from protocol.messages import Manifest, SlotRef
 
@@ -64,3 +64,15 @@ def test_lost_manifest_is_counted_by_the_journals_figure() -> None:
     assert known_history(prompt, None, False, 80, "manifest_lost") == Known(80, "manifest_lost")
     assert known_history(prompt, None, False, 0, "manifest_lost") == Known(0)
     assert known_history(prompt, None, False, 500, "manifest_lost").tokens == 99
+
+
+def test_another_conversations_first_words_are_not_worth_taking() -> None:
+    """retained, prompt, known: what decides is whose it is, and else how much of the prompt or of a chunk it saves."""
+    assert not worth_taking(1, 300, 0, 256)
+    assert not worth_taking(1, 300, 200, 256)
+    assert worth_taking(200, 300, 200, 256)  # its own
+    assert worth_taking(1, 300, 1, 256)
+    assert worth_taking(256, 3000, 0, 256)
+    assert worth_taking(256, 3000, 2000, 256)  # the store may have more, which counts then
+    assert worth_taking(90, 100, 0, 256)  # the same question again
+    assert not worth_taking(40, 100, 0, 256)

@@ -17,7 +17,6 @@ import zmq.asyncio
 import inference.save
 import inference.service
 from inference.service import InferenceService
-from inference.working_kv import WorkingKv
 from protocol import ids
 from protocol.codec import MAX_FRAME_BYTES, Frame, encode
 from protocol.errors import CapacityError, ContextLengthExceeded, InvalidRequest
@@ -182,7 +181,7 @@ def test_a_seed_gives_the_same_beside_others_and_from_any_history(serve: Any) ->
         elsewhere = [dataclasses.replace(t, job_id=ids.new_id(), tenant_salt=b"else") for t in asked]
         assert [(await stream(client, turn))[0].tokens for turn in elsewhere] == alone
 
-    serve(test, step_tokens=32)
+    serve(test, step_tokens=32, max_running=8)
 
 
 def test_tokens_behind_a_stop_string_are_no_part_of_the_conversation(serve: Any, reference: Reference) -> None:
@@ -299,7 +298,7 @@ def test_a_finished_turns_memory_is_given_back_at_once(serve: Any, monkeypatch: 
                 await stream(client, fresh(running, "Hello " * 20))
                 await eventually(lambda: running.saver is not None and running.saver.backlog == 0)
                 await eventually(lambda: len(running.retained) == 0)
-                await eventually(lambda: sum(type(o) is WorkingKv for o in gc.get_objects()) == 0)
+                await eventually(lambda: running.buffers.used_bytes == 0)
         finally:
             gc.enable()
 

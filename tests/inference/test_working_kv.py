@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from inference.working_kv import Buffers, KvShape, RetentionPool, WorkingKv, common_prefix
+from inference.working_kv import (
+    Buffers,
+    KvShape,
+    OutOfKv,
+    RetentionPool,
+    WorkingKv,
+    common_prefix,
+    context_bytes,
+    new_context,
+)
 
 SHAPE = KvShape(2, 2, 4, 4, torch.float32, torch.device("cpu"))
 BUFFERS = Buffers(SHAPE, 1 << 20)
@@ -169,3 +181,85 @@ def test_spare_memory_is_bounded() -> None:
     held = [WorkingKv(buffers, 300) for _ in range(10)]
     del held
     assert buffers.spare_bytes <= 100_000
+
+
+def test_memory_is_bounded_and_spare_memory_gives_way() -> None:
+    one = context_bytes(SHAPE, 256)
+    buffers = Buffers(SHAPE, 1 << 20, capacity_bytes=2 * one)
+    held = [new_context(buffers, 256, 0) for _ in range(2)]
+    assert buffers.used_bytes == 2 * one
+    with pytest.raises(OutOfKv):
+        new_context(buffers, 1, 0)
+    held.clear()
+    assert (buffers.used_bytes, buffers.spare_bytes) == (0, 2 * one)
+    large = new_context(buffers, 512, 0)  # of none of the spare sizes
+    assert large.capacity == 512
+    assert buffers.used_bytes + buffers.spare_bytes <= 2 * one
+
+
+def test_whoever_waits_is_told_of_memory_and_not_by_its_own_attempt() -> None:
+    told = []
+    buffers = Buffers(SHAPE, 0, capacity_bytes=context_bytes(SHAPE, 256))
+    buffers.on_given = lambda: told.append(1)
+    held = new_context(buffers, 256, 0)
+    for _ in range(3):
+        with pytest.raises(OutOfKv):
+            new_context(buffers, 256, 0)
+    assert not told
+    del held
+    assert told
+
+
+def test_a_context_that_cannot_grow_stays_as_it_is() -> None:
+    buffers = Buffers(SHAPE, 0, capacity_bytes=context_bytes(SHAPE, 512))
+    kv = new_context(buffers, 256, 0)
+    other = new_context(buffers, 256, 0)
+    kv.keys.fill_(3)
+    with pytest.raises(OutOfKv):
+        kv.ensure(257)
+    assert (kv.capacity, float(kv.keys.min())) == (256, 3.0)
+    del other
+    kv.ensure(257)
+    assert kv.capacity >= 257
+    assert float(kv.keys[:, :256].min()) == 3.0
+
+
+def test_no_context_grows_beyond_the_longest() -> None:
+    buffers = Buffers(SHAPE, 0, longest_tokens=800)
+    kv = new_context(buffers, 700, 0)
+    kv.ensure(790)
+    assert kv.capacity == 1024  # the size above 800, and not the one above 1,152
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000))
+def test_the_bytes_of_a_context_are_those_that_it_takes(tokens: int, raw_base: int) -> None:
+    buffers = Buffers(SHAPE, 0)
+    raw_base = min(raw_base, tokens - 1)
+    kv = new_context(buffers, tokens, raw_base)
+    assert buffers.used_bytes == kv.nbytes == context_bytes(SHAPE, tokens, raw_base)
+
+
+def test_what_was_let_go_meanwhile_is_not_taken() -> None:
+    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool.put(NAMESPACE, ids_of(40), filled(40))
+    match = pool.match(NAMESPACE, ids_of(60))
+    assert match is not None
+    assert pool.let_go()
+    assert not pool.let_go()
+    assert pool.take(match, 100) is None
+
+
+def test_what_cannot_be_taken_for_want_of_memory_stays_and_is_the_last_to_go() -> None:
+    buffers = Buffers(SHAPE, 0, capacity_bytes=context_bytes(SHAPE, 512))
+    pool = RetentionPool(buffers, 1 << 30, CHUNK)
+    for i in range(2):
+        kv = new_context(buffers, 256, 0)
+        kv.length = 40
+        pool.put(NAMESPACE, ids_of(40, 1000 * i), kv)
+        del kv
+    match = pool.match(NAMESPACE, ids_of(60))
+    assert match is not None
+    with pytest.raises(OutOfKv):
+        pool.take(match, 5000)
+    assert pool.let_go()
+    assert pool.match(NAMESPACE, ids_of(60)) == match
