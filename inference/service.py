@@ -55,7 +55,7 @@ class InferenceService:
         shape = model.checked.shape
         capacity_bytes = working_kv_bytes(
             config.working_kv_bytes,
-            free_bytes(shape.device),
+            free_bytes(shape.device) // (config.workers if shape.device.type == "cpu" else 1),
             shape,
             model.max_context,
             config.max_running,
