@@ -75,7 +75,7 @@ async def play(client: RpcClient, turns: list[RunTurn], seed: int) -> list[list[
         assert "".join(delta.text for delta in deltas) == done.text
         return tokens(done.tokens)
 
-    return await asyncio.gather(*(one(turn, chance.random() * 0.5) for turn in turns))
+    return await asyncio.gather(*(one(turn, chance.random() * 0.05) for turn in turns))
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
