@@ -78,6 +78,9 @@ class StepCosts:
     """How long steps take, learned from those that were taken. No clock: whoever takes steps tells."""
 
     _WEIGHT = 0.2  # of the newest step
+    # Of the newest step's prompt tokens: what they cost changes with the size of the piece and what else runs, and
+    # pieces that are too large for a while are what clients notice.
+    _TOKEN_WEIGHT = 0.5
     _MIXED_STEPS = 32  # then one without prompts, that what the decoding jobs take alone stays known
 
     def __init__(self) -> None:
@@ -88,7 +91,7 @@ class StepCosts:
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         """A step of so many decoding jobs and prompt tokens took `seconds`."""
         if prefill_tokens == 0:
-            self._decode_s[decodes] = self._mix(self._decode_s.get(decodes), seconds)
+            self._decode_s[decodes] = _mix(self._decode_s.get(decodes), seconds, self._WEIGHT)
             self._mixed_steps = 0
             return
         if decodes:
@@ -96,7 +99,7 @@ class StepCosts:
         alone_s = self._decode_only_s(decodes)
         if alone_s is not None:
             token_s = max(0.0, seconds - alone_s) / prefill_tokens
-            self._prefill_token_s = self._mix(self._prefill_token_s, token_s)
+            self._prefill_token_s = _mix(self._prefill_token_s, token_s, self._TOKEN_WEIGHT)
 
     def prefill_beside(self, decodes: int, stretch: float) -> int:
         """Prompt tokens with which a step takes `stretch` times as long as its decoding jobs alone.
@@ -112,11 +115,17 @@ class StepCosts:
         return max(int(tokens), LEAST_PIECE_TOKENS)
 
     def _decode_only_s(self, decodes: int) -> float | None:
-        """As measured with the nearest number of jobs; None: not measured yet."""
+        """As measured, between two numbers of jobs by interpolation; None: not measured yet."""
         if decodes == 0:
             return 0.0
-        nearest = min(self._decode_s, key=lambda known: (abs(known - decodes), known), default=None)
-        return None if nearest is None else self._decode_s[nearest]
+        below = max((known for known in self._decode_s if known <= decodes), default=None)
+        above = min((known for known in self._decode_s if known >= decodes), default=None)
+        if below is None or above is None or below == above:
+            nearest = above if below is None else below
+            return None if nearest is None else self._decode_s[nearest]
+        low_s, high_s = self._decode_s[below], self._decode_s[above]
+        return low_s + (high_s - low_s) * (decodes - below) / (above - below)
 
-    def _mix(self, known: float | None, new: float) -> float:
-        return new if known is None else known + self._WEIGHT * (new - known)
+
+def _mix(known: float | None, new: float, weight: float) -> float:
+    return new if known is None else known + weight * (new - known)

@@ -123,6 +123,9 @@ def test_the_piece_is_what_makes_a_step_as_long_as_allowed() -> None:
     assert costs.prefill_beside(8, 2.0) in (39, 40)
     assert costs.prefill_beside(8, 3.0) in (79, 80)
     assert costs.prefill_beside(9, 2.0) in (39, 40)  # as with the nearest number of jobs
+    for _ in range(30):
+        costs.observe(16, 0, 0.040)
+    assert costs.prefill_beside(12, 2.0) in (59, 60)  # between the two
     # After many steps with prompts in them, one shows what the jobs take alone by now.
     seen = []
     for _ in range(40):
