@@ -13,7 +13,17 @@ import pytest
 
 from protocol.errors import CapacityError, PeerUnavailable
 from protocol.messages import Commit, Committed, GetManifest, ManifestReply, OpenStore, StoreOpened
-from tests.kvdaemon.client import SMALL, DaemonProcess, Kv, StoreClient, eventually, make_chain, metric, running_daemon
+from tests.kvdaemon.client import (
+    SMALL,
+    DaemonProcess,
+    Kv,
+    StoreClient,
+    eventually,
+    make_chain,
+    metric,
+    running_daemon,
+    written_behind,
+)
 
 T = TypeVar("T")
 
@@ -78,6 +88,7 @@ def test_a_chunk_is_saved_again_while_it_comes_from_ssd(daemon: DaemonProcess) -
         await one.save(chain)
         for seed in range(2, 10):  # pushed out of DRAM
             await one.save(make_chain(SMALL, 20, seed))
+        await written_behind(daemon)  # what is not on SSD yet keeps its slot
         commit = await commit_filled(two, chain)
         loaded, answer = await asyncio.gather(one.load(chain), accepted(two, commit))
         assert answer == (True,) * 20
