@@ -99,7 +99,8 @@ def test_layers_that_treat_late_tokens_differently_are_left_alone() -> None:
         def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
             assert position_ids is not None
             late = 1 + (position_ids >= 100).to(hidden_states.dtype).unsqueeze(-1)
-            return super().forward(hidden_states * late, **kwargs)
+            with self.q_proj.register_forward_hook(lambda module, inputs, queries: queries * late):
+                return super().forward(hidden_states, position_ids=position_ids, **kwargs)
 
     for layer in model.model.layers:
         layer.self_attn.__class__ = Growing
