@@ -1,4 +1,8 @@
-"""What the disk gives when nothing stands between: O_DIRECT reads and writes of one size, one or several at a time."""
+"""What the disk gives when nothing stands between: O_DIRECT reads and writes of one size, one or several at a time.
+
+Like a store's, its bytes are noise, and each is moved from or to memory of its own: one buffer that stays in the
+processor's cache, or zeros, go to this kind of disk half as fast again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_FILL_BYTES = 16 * 2**20
+_NOISE_BYTES = 2**20
 
 
 class DirectFile:
@@ -23,12 +27,9 @@ class DirectFile:
         """Writes the file with noise. Raises OSError: the file system has no O_DIRECT, or no room."""
         self._size_bytes = size_bytes
         self._offset = 0
+        self._memory = _noise(size_bytes)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC, 0o600)
-        fill = _aligned(_FILL_BYTES)
-        fill[:] = os.urandom(_FILL_BYTES)
-        for offset in range(0, size_bytes, _FILL_BYTES):
-            os.pwritev(self._fd, [memoryview(fill)[: min(_FILL_BYTES, size_bytes - offset)]], offset)
-        os.fsync(self._fd)
+        self.write_fresh(size_bytes, 2**20)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -52,11 +53,11 @@ class DirectFile:
         assert callable(call)
         offsets = [(self._offset + i) % self._size_bytes for i in range(0, nbytes, piece_bytes)]
         self._offset = (self._offset + nbytes) % self._size_bytes
-        buffers = [_aligned(piece_bytes) for _ in range(at_once)]
+        memory = memoryview(self._memory)
 
         def move(worker: int) -> None:
             for offset in offsets[worker::at_once]:
-                if call(self._fd, [buffers[worker]], offset) != piece_bytes:
+                if call(self._fd, [memory[offset : offset + piece_bytes]], offset) != piece_bytes:
                     raise OSError("a short transfer; the size is no multiple of the piece's")
 
         with ThreadPoolExecutor(at_once) as pool:
@@ -67,9 +68,11 @@ class DirectFile:
             return time.perf_counter() - started
 
 
-def _aligned(nbytes: int) -> mmap.mmap:
+def _noise(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory of noise, no piece like another."""
     memory = mmap.mmap(-1, nbytes)
-    memory[::4096] = bytes(len(range(0, nbytes, 4096)))
+    for start in range(0, nbytes, _NOISE_BYTES):
+        memory.write(os.urandom(min(_NOISE_BYTES, nbytes - start)))
     return memory
 
 
