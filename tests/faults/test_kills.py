@@ -358,7 +358,7 @@ class Kills:
             assert (report.ssd_chunks, report.ssd_bytes) == (before.ssd.chunks, before.ssd.used_bytes)
             return True
 
-        await eventually(sums, "the daemon at rest", 30.0)
+        await eventually(sums, "the daemon at rest", 120.0)  # each look is a full scan
         assert metric(self.daemon.metrics(), "cachedattention_corrupt_total") == 0
 
     def summary(self, points: int) -> str:
