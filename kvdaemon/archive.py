@@ -32,7 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from protocol.arena import Geometry
 from protocol.errors import CapacityError, InvalidRequest, PeerProtocolError
-from protocol.ids import ROOT, lineage, unpack_tokens
+from protocol.ids import ROOT, unpack_tokens
+from protocol.lineage import kept_tokens, lineage_of
 from protocol.messages import GeometryFields, Manifest
 
 MAGIC = b"CAttnCnv"
@@ -60,20 +61,29 @@ class Contents:
         tokens = unpack_tokens(manifest.token_ids)
         if not 0 < manifest.kv_tokens <= len(tokens):
             raise InvalidRequest("the context has no KV")
-        expected = lineage(manifest.namespace, tokens[: manifest.kv_tokens], self.geometry.chunk_tokens)
-        if tuple(expected) != manifest.chunk_ids:
+        size = self.geometry.chunk_tokens
+        for at, start, end in manifest.truncations:
+            if start % size or end % size or not start < end <= at <= manifest.kv_tokens:
+                raise InvalidRequest("the context was not truncated by whole chunks")
+        expected = lineage_of(manifest.namespace, tokens[: manifest.kv_tokens], size, manifest.truncations)
+        if expected.chunk_ids != manifest.chunk_ids:
             raise InvalidRequest("the context's chunk ids do not follow from its namespace and tokens")
 
     def chunk_tokens(self, index: int) -> int:
         """How many tokens the chunk holds."""
-        return min(self.geometry.chunk_tokens, self.manifest.kv_tokens - index * self.geometry.chunk_tokens)
+        return min(self.geometry.chunk_tokens, self.kept_tokens - index * self.geometry.chunk_tokens)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens with KV, without those that truncations dropped."""
+        return kept_tokens(self.manifest.kv_tokens, self.manifest.truncations)
 
     def parent_id(self, index: int) -> bytes:
         return self.manifest.chunk_ids[index - 1] if index else ROOT
 
     @property
     def kv_bytes(self) -> int:
-        return self.manifest.kv_tokens * self.geometry.token_bytes
+        return self.kept_tokens * self.geometry.token_bytes
 
     @property
     def body_bytes(self) -> int:

@@ -16,13 +16,17 @@ from kvdaemon.store import Store
 from protocol.errors import InvalidRequest, PeerError, PeerUnavailable
 from protocol.ids import ID_BYTES
 from protocol.messages import (
+    MAX_DESCRIBED,
     Acquired,
     ChunkPlace,
     FoundTurns,
     Manifest,
     ManifestEntry,
     ManifestPage,
+    NamespacesMeasured,
     StoreDescription,
+    TurnPlace,
+    TurnsDescribed,
 )
 
 _PAGE_BYTES = 512 * 1024
@@ -73,6 +77,18 @@ class Catalog:
         dram = self._store.dram
         geometry = dram.arena.geometry.to_message() if dram is not None else None
         return StoreDescription(geometry, tuple(sorted(namespaces)))
+
+    async def measure(self, namespaces: Sequence[bytes]) -> NamespacesMeasured:
+        tokens = dict.fromkeys(namespaces, 0)
+        chunks = list(self._store.index)
+        for start in range(0, len(chunks), _AT_ONCE):
+            for chunk in chunks[start : start + _AT_ONCE]:
+                if chunk.namespace in tokens:
+                    tokens[chunk.namespace] += chunk.tokens
+            await asyncio.sleep(0)
+        dram = self._store.dram
+        token_bytes = dram.arena.geometry.token_bytes if dram is not None else 0
+        return NamespacesMeasured(tuple(tokens[namespace] * token_bytes for namespace in namespaces))
 
     async def find(self, prefix: str, limit: int) -> FoundTurns:
         """Turn keys that begin with hexadecimal digits. Raises InvalidRequest: they are none."""
@@ -135,6 +151,29 @@ class Catalog:
         dram_bytes = chunk.tokens * dram.arena.geometry.token_bytes if in_dram and dram is not None else 0
         return ChunkPlace(chunk.tokens, dram_bytes, chunk.ssd_bytes, chunk.leases)
 
+    async def describe_turns(self, turn_keys: Sequence[bytes]) -> TurnsDescribed:
+        """Raises InvalidRequest: more than MAX_DESCRIBED."""
+        if len(turn_keys) > MAX_DESCRIBED:
+            raise InvalidRequest(f"at most {MAX_DESCRIBED} turns at once", param="turn_keys")
+        turns: list[TurnPlace] = []
+        chunk_ids: set[bytes] = set()
+        for turn_key in turn_keys:
+            manifest = (await self._manifests.get(turn_key)).manifest
+            if manifest is None:
+                turns.append(TurnPlace(turn_key, 0, 0, 0, 0, 0.0))
+                continue
+            one = self._placed(_entry(manifest, 0.0))
+            places = (one.kv_tokens, one.stored_tokens, one.dram_tokens, one.ssd_tokens, one.last_hit_s)
+            turns.append(TurnPlace(turn_key, *places))
+            chunk_ids.update(manifest.chunk_ids)
+        located = [self.locate(chunk_id) for chunk_id in chunk_ids]
+        return TurnsDescribed(
+            tuple(turns),
+            sum(place.dram_bytes for place in located),
+            sum(place.ssd_bytes for place in located),
+            sum(place.leases for place in located),
+        )
+
     def _placed(self, entry: ManifestEntry) -> ManifestEntry:
         """The entry with what the store knows of its chunks."""
         places = [self.locate(chunk_id) for chunk_id in entry.chunk_ids]
@@ -161,4 +200,5 @@ def _entry(manifest: Manifest, saved_s: float) -> ManifestEntry:
         manifest.chunk_ids,
         len(manifest.text.encode("utf-8", "surrogatepass")),
         saved_s,
+        truncations=manifest.truncations,
     )

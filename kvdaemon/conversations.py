@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from protocol.ids import ID_BYTES, ROOT
+from protocol.ids import ID_BYTES
 from protocol.messages import Manifest, ManifestEntry
 
 _TOKEN_BYTES = 4
@@ -54,35 +54,35 @@ def relation(context: Context, to: Context) -> Relation:
 class EarlierTurns:
     """Finds the earlier turns among many, in two passes: `note` each context, then ask for the `earlier` ones of each.
 
-    Memory is linear in contexts, not in tokens. A context is looked for only where its second last chunk is passed by,
-    so the time is linear in tokens and in turns found.
+    Memory is linear in contexts, not in tokens. A context is looked for only behind the last whole stride of its
+    tokens, so the time is linear in tokens and in turns found.
     """
 
-    def __init__(self) -> None:
-        # (namespace, second last chunk) -> length in tokens -> digest of the tokens -> turn keys
+    def __init__(self, stride: int = 256) -> None:
+        self._stride = stride
+        # (namespace, digest of all whole strides) -> length in tokens -> digest of the tokens -> turn keys
         self._ends: dict[tuple[bytes, bytes], dict[int, dict[bytes, list[bytes]]]] = defaultdict(dict)
 
     def note(self, context: Context) -> None:
         length = len(context.token_ids) // _TOKEN_BYTES
-        lengths = self._ends[context.namespace, context.chunk_ids[-2] if len(context.chunk_ids) > 1 else ROOT]
-        digest = blake2b(context.token_ids, digest_size=ID_BYTES).digest()
-        lengths.setdefault(length, {}).setdefault(digest, []).append(context.turn_key)
+        strides = max(0, length - 1) // self._stride * self._stride
+        lengths = self._ends[context.namespace, _digest(context.token_ids[: _TOKEN_BYTES * strides])]
+        lengths.setdefault(length, {}).setdefault(_digest(context.token_ids), []).append(context.turn_key)
 
     def earlier(self, context: Context) -> list[bytes]:
         """Turn keys of the earlier turns that were noted, shortest first."""
         length = len(context.token_ids) // _TOKEN_BYTES
-        candidates: dict[int, list[dict[bytes, list[bytes]]]] = defaultdict(list)
-        for chunk_id in (ROOT, *context.chunk_ids):
-            for end, digests in self._ends.get((context.namespace, chunk_id), {}).items():
-                if end < length:
-                    candidates[end].append(digests)
         found: list[bytes] = []
         state = blake2b(digest_size=ID_BYTES)
-        start = 0
-        for end in sorted(candidates):
-            state.update(context.token_ids[_TOKEN_BYTES * start : _TOKEN_BYTES * end])
-            start = end
-            digest = state.copy().digest()
-            for digests in candidates[end]:
-                found += digests.get(digest, ())
+        for start in range(0, length, self._stride):
+            for end, digests in sorted(self._ends.get((context.namespace, state.digest()), {}).items()):
+                if end < length:
+                    to_end = state.copy()
+                    to_end.update(context.token_ids[_TOKEN_BYTES * start : _TOKEN_BYTES * end])
+                    found += digests.get(to_end.digest(), ())
+            state.update(context.token_ids[_TOKEN_BYTES * start : _TOKEN_BYTES * (start + self._stride)])
         return found
+
+
+def _digest(token_ids: bytes) -> bytes:
+    return blake2b(token_ids, digest_size=ID_BYTES).digest()

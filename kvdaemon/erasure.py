@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,9 @@ from kvdaemon.store import Store
 from monitoring.logs import get_logger
 from protocol.arena import Arena, SlotState
 from protocol.errors import CachedAttentionError, InvalidRequest, PeerError, PeerUnavailable
-from protocol.messages import ErasureReceipt, Manifest
+from protocol.ids import unpack_tokens
+from protocol.lineage import lineage_of
+from protocol.messages import ErasureReceipt, Manifest, ManifestEntry
 
 log = get_logger(__name__)
 
@@ -114,8 +116,11 @@ class Eraser:
         self._unsettled: set[int] = set()  # slots that others were filling while unused memory was wiped
         self._arena: Arena | None = None  # that they belong to
 
-    async def erase(self, turn_key: bytes) -> ErasureReceipt:
-        """Raises InvalidRequest: no such turn; PeerError: the SSD tier is away, and nothing was erased."""
+    async def erase(self, turn_key: bytes, keep: Collection[bytes] = ()) -> ErasureReceipt:
+        """keep: see messages.Erase.
+
+        Raises InvalidRequest: no such turn; PeerError: the SSD tier is away, and nothing was erased.
+        """
         async with self._one:
             if self._ssd is not None and not self._ssd.is_up:
                 raise PeerUnavailable(f"nothing was erased: {self._ssd.problem}")
@@ -128,7 +133,7 @@ class Eraser:
                 for _ in range(_ROUNDS):
                     saved.clear()
                     try:
-                        plan = await self._plan(target, late)
+                        plan = await self._plan(target, late, keep)
                     except PeerError as error:
                         if not progress.turn_keys:
                             raise
@@ -160,33 +165,48 @@ class Eraser:
 
     # -- the plan -----------------------------------------------------------------------------------------
 
-    async def _plan(self, target: Manifest, late: Iterable[Manifest]) -> _Plan:
+    async def _plan(self, target: Manifest, late: Iterable[Manifest], keep: Collection[bytes]) -> _Plan:
         """late: saved during an earlier round; erased whether or not they can still be found."""
         earlier: dict[bytes, int] = {}  # turn key -> tokens
         # Of the target and its relatives.
-        chunk_ids = {manifest.turn_key: manifest.chunk_ids for manifest in late}
+        chunk_ids = {manifest.turn_key: self._chunks_of(manifest) for manifest in late}
         fork = 0  # where the last of the others leaves the target's path, in tokens
         async for entry in self._catalog.entries():
             kind = relation(entry, target)
             if kind is Relation.OTHER:
                 fork = max(fork, common_tokens(entry, target))
                 continue
-            chunk_ids[entry.turn_key] = entry.chunk_ids
+            chunk_ids[entry.turn_key] = self._chunks_of(entry)
             if kind is Relation.EARLIER:
                 earlier[entry.turn_key] = len(entry.token_ids) // 4
         for turn_key, tokens in earlier.items():
-            if tokens <= fork:
+            if tokens <= fork or turn_key in keep:
                 del chunk_ids[turn_key]
         doomed = {chunk_id for ids in chunk_ids.values() for chunk_id in ids}
         total = len(doomed)
-        async for entry in self._catalog.entries():
-            if entry.turn_key not in chunk_ids:
-                doomed.difference_update(entry.chunk_ids)
+        await self._spare(doomed, chunk_ids)
         shared = total - len(doomed)
-        return _Plan(set(chunk_ids), await self._with_orphans(doomed), shared)
+        orphaned = await self._with_orphans(doomed)
+        if len(orphaned) > len(doomed):
+            await self._spare(orphaned, chunk_ids)
+        return _Plan(set(chunk_ids), orphaned, shared)
+
+    def _chunks_of(self, context: Manifest | ManifestEntry) -> tuple[bytes, ...]:
+        """All that are named by a context, those that truncations dropped from it included."""
+        size, tokens = self._store.index.chunk_tokens, unpack_tokens(context.token_ids)
+        if not context.truncations or not size:
+            return context.chunk_ids
+        named = lineage_of(context.namespace, tokens[: context.kv_tokens], size, context.truncations)
+        return (*context.chunk_ids, *named.dropped_ids)
+
+    async def _spare(self, doomed: set[bytes], erased: Collection[bytes]) -> None:
+        """Take out what contexts need that are not erased."""
+        async for entry in self._catalog.entries():
+            if entry.turn_key not in erased:
+                doomed.difference_update(entry.chunk_ids)
 
     async def _with_orphans(self, doomed: set[bytes]) -> set[bytes]:
-        """Also the chunks that continue them: no context can need those, for it would need their parents."""
+        """Also the chunks that continue them. Only a context that has dropped their parents can need those."""
         found = set(doomed)
         grows = bool(doomed)
         while grows:

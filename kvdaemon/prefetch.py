@@ -15,6 +15,10 @@ _JOBS = 1024  # waiting turns that are looked at; the windows of most stores rea
 _CHUNKS_AT_ONCE = 4  # small, so that the plan is made anew while the queue changes
 _START_S = 5.0  # a turn that left the queue has asked for its context by then, or never will
 
+_ANTICIPATED = 256  # contexts that are fetched for people who are typing
+_ANTICIPATED_S = 15.0  # who does not come for so long after they were expected did not mean it
+_BEHIND = 1 << 62  # tickets of anticipated turns: behind all that wait
+
 _Job = tuple[bytes, int]  # turn key, and which of the waiting turns with that key
 
 
@@ -33,6 +37,8 @@ class Prefetcher:
         self._starting: dict[int, tuple[bytes, ...]] = {}  # out of the queue, and not here yet: ticket -> context
         self._came: set[_Job] = set()  # still in the queue, as far as we were told, and running
         self._next_ticket = itertools.count()
+        self._anticipated: dict[bytes, tuple[int, tuple[bytes, ...]]] = {}  # turn key -> ticket, context
+        self._later_ticket = itertools.count(_BEHIND)
         self._news = asyncio.Event()
         self._is_planning = False
 
@@ -46,10 +52,31 @@ class Prefetcher:
         self._order = tuple(turn_keys[:_JOBS])
         self._news.set()
 
+    def anticipate(self, turn_key: bytes, context: Sequence[bytes], in_s: float) -> None:
+        """Somebody is about to go on after this turn: its context is fetched as if it waited, behind all that do."""
+        self._no_longer(turn_key)
+        if len(self._anticipated) >= _ANTICIPATED or not context:
+            return
+        ticket = next(self._later_ticket)
+        self._store.placement.wait(ticket, context)
+        self._anticipated[turn_key] = (ticket, tuple(context))
+        asyncio.get_running_loop().call_later(max(0.0, in_s) + _ANTICIPATED_S, self._no_longer, turn_key, ticket)
+        self._news.set()
+
+    def _no_longer(self, turn_key: bytes, ticket: int | None = None) -> None:
+        """ticket: only if it is this one; somebody may have been anticipated again."""
+        found = self._anticipated.get(turn_key)
+        if found is not None and ticket in (None, found[0]):
+            del self._anticipated[turn_key]
+            self._store.placement.go(found[0])
+
     def started(self, chunk_ids: Sequence[bytes]) -> None:
         """A turn asks for its context: until now it was kept as that of a waiting turn."""
         asked = set(chunk_ids)
         placement = self._store.placement
+        for turn_key, (_, chain) in list(self._anticipated.items()):
+            if asked.issuperset(chain):
+                self._no_longer(turn_key)
         for ticket, chain in self._starting.items():
             if asked.issuperset(chain):
                 self._forget(ticket)
@@ -63,7 +90,7 @@ class Prefetcher:
 
     def look(self) -> None:
         """There may be room for something that there was none for."""
-        if self._tickets:
+        if self._tickets or self._anticipated:
             self._news.set()
 
     async def run(self) -> None:

@@ -26,7 +26,9 @@ from protocol.messages import ScrubProgress, ScrubReport
 
 log = get_logger(__name__)
 
-_BATCH_BYTES = 4 * 1024 * 1024  # in one go: about a millisecond, and small chunks share the start of a thread
+_BATCH_BYTES = (
+    16 * 1024 * 1024
+)  # in one go: some milliseconds of a thread, which costs more to wake than to read one MiB
 _ROUND_PAUSE_S = 1.0
 
 

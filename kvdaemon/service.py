@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
 
 from kvdaemon import adoption
@@ -23,6 +23,7 @@ from kvdaemon.scrub import Scrubber
 from kvdaemon.ssd.client import SsdLink
 from kvdaemon.store import MAX_LEASE_MS, Store, intact
 from kvdaemon.write_behind import WriteBehind
+from monitoring import traces
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
 from monitoring.logs import get_logger
 from monitoring.registry import new_registry
@@ -38,6 +39,7 @@ from protocol.messages import (
     Commit,
     Committed,
     DescribeStore,
+    DescribeTurns,
     Erase,
     ErasureReceipt,
     FindTurns,
@@ -46,14 +48,18 @@ from protocol.messages import (
     GetStatus,
     ListManifests,
     LocateChunks,
+    Manifest,
     ManifestPage,
     ManifestReply,
+    MeasureNamespaces,
+    NamespacesMeasured,
     OpenStore,
     Quarantine,
     QueueOrder,
     Release,
     Reserve,
     Reserved,
+    ReservedSlot,
     SaveManifest,
     ScrubReport,
     ScrubStore,
@@ -61,7 +67,9 @@ from protocol.messages import (
     StoreOpened,
     StoreStatus,
     TierStatus,
+    TurnsDescribed,
     Unreserve,
+    tag_of,
 )
 from protocol.rpc import Call, Peer, RpcServer
 
@@ -134,6 +142,8 @@ class KvDaemon:
                 QueueOrder: self._queue_order,
                 Anticipate: self._anticipate,
                 GetStatus: self._get_status,
+                MeasureNamespaces: self._measure_namespaces,
+                DescribeTurns: self._describe_turns,
                 DescribeStore: self._describe_store,
                 FindTurns: self._find_turns,
                 ListManifests: self._list_manifests,
@@ -143,7 +153,7 @@ class KvDaemon:
             },
             curve=config.curve,
             on_peer_lost=self._peer_lost,
-            observe=self.metrics.answered,
+            observe=self._answered,
         )
         self._watch()
 
@@ -331,6 +341,7 @@ class KvDaemon:
 
     def _acquire(self, call: Call, request: Acquire) -> Acquired:
         is_turn = call.peer.role != "cli"  # an export is none
+        self.store.release_all(self._opened_by(call), request.released)
         if is_turn:
             partial = () if request.partial_id is None else (request.partial_id,)
             self.prefetcher.started((*request.chunk_ids, *partial))
@@ -348,17 +359,39 @@ class KvDaemon:
         return Ack()
 
     def _reserve(self, call: Call, request: Reserve) -> Reserved:
-        return Reserved(tuple(self.store.reserve(self._opened_by(call), request.count)))
+        return Reserved(self._give_slots(self._opened_by(call), request.count))
+
+    def _give_slots(self, client: bytes, count: int) -> tuple[ReservedSlot, ...]:
+        slots = self.store.reserve(client, count)
+        if len(slots) < count and self.write_behind is not None:
+            self.write_behind.hurry()
+        return tuple(slots)
 
     def _unreserve(self, call: Call, request: Unreserve) -> Ack:
         self.store.unreserve(self._opened_by(call), request.slots)
         return Ack()
 
-    def _commit(self, call: Call, request: Commit) -> Committed:
-        accepted = self.store.commit(self._opened_by(call), request.chunks)
+    def _commit(self, call: Call, request: Commit) -> Committed | Awaitable[Committed]:
+        client = self._opened_by(call)
+        accepted = self.store.commit(client, request.chunks)
         if self.write_behind is not None:
             self.write_behind.look()
-        return Committed(accepted)
+        if request.released:
+            self.store.release_all(client, request.released)
+            self.prefetcher.look()
+        if request.manifest is not None and all(accepted):
+            return self._complete(client, request, request.manifest)
+        return self._committed(client, request, accepted)
+
+    async def _complete(self, client: bytes, request: Commit, manifest: Manifest) -> Committed:
+        """All chunks of the context are here."""
+        started_s = time.monotonic()
+        await self._keep_context(manifest)
+        self._trace(SaveManifest, request.trace, started_s)
+        return self._committed(client, request, (True,) * len(request.chunks))
+
+    def _committed(self, client: bytes, request: Commit, accepted: tuple[bool, ...]) -> Committed:
+        return Committed(accepted, self._give_slots(client, request.reserve) if request.reserve else ())
 
     async def _quarantine(self, call: Call, request: Quarantine) -> Ack:
         """A reader's word is checked: it may itself have copied wrongly, and chunks are shared."""
@@ -378,9 +411,12 @@ class KvDaemon:
         return await self.manifests.get(request.turn_key, min(request.wait_ms, _LONGEST_MANIFEST_WAIT_MS) / 1e3)
 
     async def _save_manifest(self, call: Call, request: SaveManifest) -> Ack:
-        self.store.turn_ended(request.manifest)
-        await self.manifests.save(request.manifest, _MANIFEST_WAIT_S)
+        await self._keep_context(request.manifest)
         return Ack()
+
+    async def _keep_context(self, manifest: Manifest) -> None:
+        self.store.turn_ended(manifest)
+        await self.manifests.save(manifest, _MANIFEST_WAIT_S)
 
     def _queue_order(self, call: Call, request: QueueOrder) -> Ack:
         self.prefetcher.follow(request.turn_keys)
@@ -390,7 +426,15 @@ class KvDaemon:
         reply = await self.manifests.get(request.turn_key)
         if reply.manifest is not None:
             self.store.expected(reply.manifest, request.in_s)
+            if request.fetch:
+                self.prefetcher.anticipate(request.turn_key, reply.manifest.chunk_ids, request.in_s)
         return Ack()
+
+    async def _measure_namespaces(self, call: Call, request: MeasureNamespaces) -> NamespacesMeasured:
+        return await self.catalog.measure(request.namespaces)
+
+    async def _describe_turns(self, call: Call, request: DescribeTurns) -> TurnsDescribed:
+        return await self.catalog.describe_turns(request.turn_keys)
 
     def _get_status(self, call: Call, request: GetStatus) -> StoreStatus:
         problem = self._problem()
@@ -402,6 +446,8 @@ class KvDaemon:
             leases=len(self.store.leases),
             reserved_slots=self._reserved_slots(),
             manifests=len(self.manifests),
+            prefetch_window=self.store.placement.prefetch_window,
+            eviction_window=self.store.placement.eviction_window,
         )
 
     # -- requests of the command line -------------------------------------------------------------------------
@@ -423,7 +469,7 @@ class KvDaemon:
 
     async def _erase(self, call: Call, request: Erase) -> ErasureReceipt:
         # To its end, whether or not anybody waits for the receipt; it is in the log too.
-        task = asyncio.ensure_future(self.eraser.erase(request.turn_key))
+        task = asyncio.ensure_future(self.eraser.erase(request.turn_key, request.keep))
         self._track(task)
         return await asyncio.shield(task)
 
@@ -465,7 +511,7 @@ class KvDaemon:
         problem = self._problem()
         return Readiness(True, "degraded" if problem else "ok", problem)
 
-    # -- metrics --------------------------------------------------------------------------------------------
+    # -- metrics and traces --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         index, metrics = self.store.index, self.metrics
@@ -494,6 +540,15 @@ class KvDaemon:
             lambda: self.write_behind.budget_bytes if self.write_behind is not None else 0,
         )
         metrics.watch("degraded", "1 while a tier is missing", lambda: float(bool(self._problem())))
+
+    def _answered(self, request: object, seconds: float) -> None:
+        self.metrics.answered(type(request).__name__, seconds)
+        self._trace(type(request), getattr(request, "trace", ""), time.monotonic() - seconds)
+
+    @staticmethod
+    def _trace(request: type, trace: str, began_s: float) -> None:
+        if trace:
+            traces.begin(tag_of(request), trace, began_s).end()
 
     def _dram_capacity(self) -> int:
         dram = self.store.dram

@@ -7,11 +7,13 @@ books true: sums equal a full scan after each call, whatever it raised.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 from kvdaemon.dram import DramTier
@@ -19,9 +21,11 @@ from kvdaemon.index import Chunk, ChunkIndex, Listing, Residence, parents_first
 from kvdaemon.leases import LeaseBook
 from kvdaemon.placement.placement import Placement
 from kvdaemon.placement.policy import Policy, TurnEnd
+from kvdaemon.placement.runs import Tier
 from monitoring.kvdaemon_metrics import KvDaemonMetrics
 from protocol.arena import Arena, SlotState
 from protocol.errors import CapacityError, InvalidRequest
+from protocol.lineage import kept_tokens
 from protocol.messages import (
     Acquire,
     Acquired,
@@ -62,6 +66,18 @@ class Withdrawal:
     leases_revoked: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    why: Literal["evicted", "corrupt"]
+    tier: Tier
+    at_s: float  # wall clock
+
+    @property
+    def in_words(self) -> str:
+        at = datetime.fromtimestamp(self.at_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return f"{self.why} {'from' if self.why == 'evicted' else 'in'} {self.tier} at {at}"
+
+
 @dataclass(frozen=True)
 class _Adopted:
     """A slot whose chunk is taken over from an earlier daemon."""
@@ -96,7 +112,7 @@ class Store:
         self._metrics = metrics
         self._verify_always = verify == "always"
         self._handed_out = 0  # chunks so far
-        self._losses: OrderedDict[bytes, str] = OrderedDict()  # chunk id -> why it is gone
+        self._losses: OrderedDict[bytes, _Loss] = OrderedDict()  # chunk id -> why it is gone
 
     @property
     def can_fetch(self) -> bool:
@@ -127,7 +143,7 @@ class Store:
             self._metrics.lease_revoked(len(self.leases.revoke_client(holder)))
         for chunk in list(self.index.resident()):
             if not chunk.on_ssd:
-                self._note_loss(chunk, "evicted")
+                self._note_loss(chunk, "evicted", "dram")
             self.index.leave_dram(chunk)
         self.dram = None
 
@@ -146,7 +162,7 @@ class Store:
             raise InvalidRequest("a chunk is asked for twice", param="chunk_ids")
         if len(self.leases) >= MAX_LEASES:
             raise CapacityError(f"{MAX_LEASES} leases are open")
-        prefix, miss_reason = self._available_prefix(request)
+        prefix, miss_reason, explained = self._available_prefix(request)
         if is_turn:
             at = request.partial_index if request.partial_id is not None else len(request.chunk_ids)
             partial = (request.partial_id,) if request.partial_id is not None else ()
@@ -156,14 +172,14 @@ class Store:
         self.index.hold(spared)
         room = self._make_room(len(absent), "fetch")
         if room < len(absent):
-            prefix, miss_reason = prefix[: prefix.index(absent[room])], "no_capacity"
+            prefix, miss_reason, explained = prefix[: prefix.index(absent[room])], "no_capacity", ""
         reads = [self._begin_fetch(dram, chunk) for chunk in absent[:room]]
         lease = self.leases.grant(client, prefix, now_s + min(request.lease_ms, MAX_LEASE_MS) / 1e3)
         self.index.release(spared)
         resident = [chunk.residence is _READY for chunk in prefix]
         refs = self._refer(prefix, resident)
         self._count_reuse(self.index.use(prefix), refs.columns["tokens"], resident)
-        return Acquired(lease.lease_id, refs, miss_reason), reads
+        return Acquired(lease.lease_id, refs, miss_reason, explained), reads
 
     def _refer(self, chunks: Sequence[Chunk], resident: Sequence[bool]) -> Table[SlotRef]:
         verify = [self._verify_always] * len(chunks)
@@ -194,7 +210,7 @@ class Store:
         size = self.index.chunk_tokens
         if not size:
             return  # its chunks are of an arena that is gone
-        whole, rest = divmod(manifest.kv_tokens, size)
+        whole, rest = divmod(kept_tokens(manifest.kv_tokens, manifest.truncations), size)
         end = TurnEnd(manifest.next_speaker, manifest.answer_tokens, rest / size if rest else 1.0)
         self.placement.turn_ended(manifest.chunk_ids, min(whole, len(manifest.chunk_ids)), end, self._clock())
 
@@ -210,6 +226,12 @@ class Store:
         """Raises InvalidRequest: no such lease of this client."""
         self.leases.release(lease_id, client)
 
+    def release_all(self, client: bytes, lease_ids: Iterable[bytes]) -> None:
+        """Release leases on the way to something else. Those that ended already, or are another's, do no harm."""
+        for lease_id in lease_ids:
+            with contextlib.suppress(InvalidRequest):
+                self.leases.release(lease_id, client)
+
     def fetched(self, read: SsdReadChunk, outcome: str) -> None:
         """The SSD worker is done with one chunk: "ok", "missing" or "corrupt"."""
         dram, chunk = self._bound(), self._loading(read)
@@ -223,7 +245,7 @@ class Store:
             self._metrics.corrupt("ssd")
         if chunk.prefetched:
             self._metrics.prefetched("failed")
-        self._note_loss(chunk, "corrupt" if outcome == "corrupt" else "evicted")
+        self._note_loss(chunk, "corrupt" if outcome == "corrupt" else "evicted", "ssd")
         dram.drop(chunk.slot)
         if chunk.on_ssd:
             self.index.leave_ssd(chunk)
@@ -266,7 +288,7 @@ class Store:
         """A chunk's bytes in DRAM are not what was saved: never hand them out again. A copy on SSD stays."""
         self._metrics.corrupt("dram")
         if not chunk.on_ssd:
-            self._note_loss(chunk, "corrupt")
+            self._note_loss(chunk, "corrupt", "dram")
         self._bound().drop(chunk.slot)
         self.index.leave_dram(chunk)
 
@@ -343,7 +365,7 @@ class Store:
         A million chunks take seconds. It pauses often, and in a pause the store may do anything that needs no SSD.
         """
         for chunk in [chunk for chunk in self.index.stored() if chunk.chunk_id not in listing]:
-            self._note_loss(chunk, "evicted")
+            self._note_loss(chunk, "evicted", "ssd")
             self.index.leave_ssd(chunk)
             if chunk.residence is Residence.READY:
                 self.index.mark_dirty(chunk)
@@ -362,7 +384,7 @@ class Store:
             victims.append(chunk_id)
             need_bytes -= chunk.ssd_bytes
             if chunk.residence is Residence.ABSENT:
-                self._note_loss(chunk, "evicted")
+                self._note_loss(chunk, "evicted", "ssd")
             self.index.leave_ssd(chunk)
             self._metrics.evicted("ssd", "capacity")
         return victims
@@ -406,7 +428,7 @@ class Store:
         chunk = self.index.get(chunk_id)
         if chunk is not None and chunk.on_ssd:
             if chunk.residence is not Residence.READY:
-                self._note_loss(chunk, "corrupt")
+                self._note_loss(chunk, "corrupt", "ssd")
             self.index.leave_ssd(chunk)
             if chunk.residence is Residence.READY:
                 self.index.mark_dirty(chunk)
@@ -436,8 +458,8 @@ class Store:
             raise InvalidRequest("open the store first")
         return self.dram
 
-    def _available_prefix(self, request: Acquire) -> tuple[list[Chunk], str]:
-        """Chunks that could be handed out, oldest first, and why there are no more."""
+    def _available_prefix(self, request: Acquire) -> tuple[list[Chunk], str, str]:
+        """Chunks that could be handed out, oldest first, and why there are no more, as a reason and in words."""
         if request.partial_id is not None and request.partial_index > len(request.chunk_ids):
             raise InvalidRequest("partial_index lies behind the end of chunk_ids", param="partial_index")
         prefix = self._available(request.chunk_ids, request.namespace)
@@ -445,10 +467,10 @@ class Store:
         if request.partial_id is not None and request.partial_index == len(prefix):
             partial = self._available((request.partial_id,), request.namespace)
             if partial:
-                return prefix + partial, ""
+                return prefix + partial, "", ""
             # What was saved was the partial chunk; the full one may never have existed.
             missing = (request.partial_id,)
-        return prefix, self._miss_reason(missing[0]) if missing else ""
+        return prefix, *(self._miss_reason(missing[0]) if missing else ("", ""))
 
     def _available(self, chunk_ids: Sequence[bytes], namespace: bytes) -> list[Chunk]:
         """The chunks that could be handed out, up to the first that could not."""
@@ -457,8 +479,12 @@ class Store:
             return known
         return list(itertools.takewhile(lambda chunk: chunk.residence is not Residence.ABSENT, known))
 
-    def _miss_reason(self, chunk_id: bytes) -> str:
-        return "no_capacity" if self.index.get(chunk_id) is not None else self._losses.get(chunk_id, "unknown")
+    def _miss_reason(self, chunk_id: bytes) -> tuple[str, str]:
+        """Also in words, where there is more to say."""
+        if self.index.get(chunk_id) is not None:
+            return "no_capacity", ""
+        loss = self._losses.get(chunk_id)
+        return ("unknown", "") if loss is None else (loss.why, loss.in_words)
 
     def _known(self, chunk_id: bytes) -> Chunk:
         chunk = self.index.get(chunk_id)
@@ -482,7 +508,7 @@ class Store:
         if chunk.prefetched:
             self._metrics.prefetched("wasted")
         if not chunk.on_ssd:
-            self._note_loss(chunk, "evicted")
+            self._note_loss(chunk, "evicted", "dram")
         self._metrics.evicted("dram", "declined" if chunk.declined else reason)
         dram.drop(chunk.slot)
         self.index.leave_dram(chunk)
@@ -510,8 +536,8 @@ class Store:
             raise InvalidRequest(f"slot {slot} was not reserved by this client", param="slot")
         return dram.state(slot) is SlotState.RESERVED
 
-    def _note_loss(self, chunk: Chunk, why: str) -> None:
-        self._losses[chunk.chunk_id] = why
+    def _note_loss(self, chunk: Chunk, why: Literal["evicted", "corrupt"], tier: Tier) -> None:
+        self._losses[chunk.chunk_id] = _Loss(why, tier, time.time())
         while len(self._losses) > _REMEMBERED_LOSSES:
             self._losses.popitem(last=False)
 

@@ -1,4 +1,8 @@
-"""Write-behind: committed chunks go to SSD, oldest first, and the SSD tier stays within its cap."""
+"""Write-behind: committed chunks go to SSD, oldest first, and the SSD tier stays within its cap.
+
+Chunks are written some at a time. Beside a model that has all cores, what a write costs is waking up for it, in two
+processes and several threads; so the first one waits a moment for others, unless there are many or we stop.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ from protocol.errors import CachedAttentionError, CapacityError, PeerError
 log = get_logger(__name__)
 
 _IN_FLIGHT = 4
+_GATHER_S = 0.2  # the first chunk waits so long for others
+_GATHER_SHARE = 1 / 16  # of the slots: so many chunks wait no longer, for what is not on SSD holds its slot
+_REST_S = 1.0  # chunks that nobody told us of are looked for this often
 _IDLE_S = 0.05
 _SLOW_S = 5.0  # a write that takes longer: the disk is too slow, and DRAM goes on without it
 _BACKOFF_S = (0.5, 10.0)
@@ -46,6 +53,9 @@ class WriteBehind:
         self._worker_error = ""  # since RocksDB's last sync
         self._is_full = False  # says the worker: chunks must go before another can come
         self._committed = asyncio.Event()  # chunks, since we looked
+        self._written = asyncio.Event()  # to the tier, since its cap was looked at
+        self._is_draining = False
+        self._is_short = False  # somebody was refused a slot
         self._under_way: dict[bytes, float] = {}  # chunk id -> when its write began
         self._evicted: tuple[bytes, ...] = ()  # from the books of the SSD tier, and not yet deleted there
         self._evicted_in = 0  # the worker's start of this number
@@ -79,6 +89,8 @@ class WriteBehind:
         async with asyncio.TaskGroup() as group:
             writes: set[asyncio.Task[None]] = set()
             while True:
+                if not writes:
+                    await self._gather()
                 can_write = self._ssd.can_move_chunks and self._has_room() and not (writes and self.problem)
                 chunks = self._store.next_dirty(_IN_FLIGHT - len(writes)) if can_write else []
                 writes |= {group.create_task(self._write(chunk)) for chunk in chunks if self._admit(chunk)}
@@ -99,10 +111,31 @@ class WriteBehind:
         """Chunks were committed."""
         self._committed.set()
 
+    def hurry(self) -> None:
+        """There are no slots to give, or too few: what holds some until it is on SSD is to be written now."""
+        self._is_short = True
+        self._committed.set()
+
+    async def _gather(self) -> None:
+        """Wait for chunks to write, and for more to come."""
+        index = self._store.index
+        while not index.dirty_chunks:
+            await self._wait_for_chunks(_REST_S)
+        until_s = time.monotonic() + _GATHER_S
+        while not self._is_pressed and (left_s := until_s - time.monotonic()) > 0:
+            await self._wait_for_chunks(left_s)
+        self._is_short = False
+
+    @property
+    def _is_pressed(self) -> bool:
+        """Whether what is dirty should be written at once."""
+        dram = self._store.dram
+        are_many = dram is None or self._store.index.dirty_chunks >= dram.slots * _GATHER_SHARE
+        return are_many or self._is_short or self._is_draining
+
     async def _wait_for_chunks(self, timeout_s: float) -> None:
         self._committed.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._committed.wait(), timeout_s)
+        await _wait(self._committed, timeout_s)
 
     def _admit(self, chunk: Chunk) -> bool:
         """Whether the budget allows to write this chunk now."""
@@ -122,11 +155,16 @@ class WriteBehind:
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every dirty chunk is on SSD. False: it was not possible in time."""
         deadline_s = time.monotonic() + timeout_s
-        while self._store.index.dirty_chunks:
-            if time.monotonic() > deadline_s or self.problem or not self._ssd.can_move_chunks:
-                return False
-            await asyncio.sleep(_IDLE_S)
-        return True
+        self._is_draining = True
+        self.look()
+        try:
+            while self._store.index.dirty_chunks:
+                if time.monotonic() > deadline_s or self.problem or not self._ssd.can_move_chunks:
+                    return False
+                await asyncio.sleep(_IDLE_S)
+            return True
+        finally:
+            self._is_draining = False
 
     async def _write(self, chunk: Chunk) -> None:
         generation = chunk.generation
@@ -157,8 +195,10 @@ class WriteBehind:
                 log.warning("the disk was too slow", seconds=round(seconds, 1), queue=self._store.index.dirty_chunks)
             self._metrics.saved_to_ssd(seconds)
             self._store.written_behind(chunk, written.bytes)
+            self._written.set()
         elif written.outcome == "full":
             self._is_full = True
+            self._written.set()
             await asyncio.sleep(_CAP_CHECK_S)
         elif chunk.generation == generation and self._store.index.get(chunk.chunk_id) is chunk:
             # The slot is still this chunk's, as far as we know, but it does not hold what was committed.
@@ -177,10 +217,12 @@ class WriteBehind:
     # -- the cap ------------------------------------------------------------------------------------------
 
     async def keep_cap(self) -> None:
-        """Look at the tier's size, and evict where it nears the cap, for ever."""
+        """Look at the tier's size as it grows, and evict where it nears the cap, for ever."""
         asked_s = float("-inf")
         while True:
+            await _wait(self._written, _STATUS_S)
             await asyncio.sleep(_CAP_CHECK_S)
+            self._written.clear()
             if not self._ssd.is_up:
                 continue
             try:
@@ -234,3 +276,10 @@ class WriteBehind:
         if self._evicted:
             await self._ssd.delete(self._evicted)
             self._evicted = ()
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that arrives together with the event.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()

@@ -3,4 +3,4 @@
 The ground floor: everything here may be imported by every service, and nothing here imports one.
 """
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3

@@ -246,6 +246,11 @@ class Arena:
     def size_bytes(self) -> int:
         return len(self._mmap)
 
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Address and bytes of the mapping in this process."""
+        return np.frombuffer(self._mmap, dtype=np.uint8).ctypes.data, self.size_bytes
+
     # -- table ----------------------------------------------------------------------------------------------
 
     def generation(self, slot: int) -> int:

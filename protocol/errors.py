@@ -26,11 +26,15 @@ from typing import ClassVar
 
 
 class CachedAttentionError(Exception):
-    """Base of all our errors. `param` names the field at fault, where there is one."""
+    """Base of all our errors. `param` names the field at fault, where there is one.
+
+    retry_after_s: when trying again may help, where that can be told; not carried across a socket.
+    """
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

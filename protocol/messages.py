@@ -5,8 +5,8 @@ meaning, and a field that a receiver does not know is ignored, so neighbouring v
 What a message has many of are rows: named tuples, which travel as columns (table.py). KV
 bytes are never in a message: they lie in the arena, and messages carry slots.
 
-    gateway   -> inference  GetModel, RunTurn
-    gateway   -> kvdaemon   QueueOrder, Anticipate, GetStatus
+    gateway   -> inference  GetModel, RunTurn, Tokenize, Detokenize, ForgetTurns, GetWorkingKv
+    gateway   -> kvdaemon   QueueOrder, Anticipate, MeasureNamespaces, DescribeTurns, Erase, GetStatus
     cli       -> kvdaemon   DescribeStore, FindTurns, ListManifests, LocateChunks, ScrubStore, Erase, and as inference
     inference -> kvdaemon   OpenStore, GetManifest, Acquire, Quarantine, Release, Reserve, Unreserve, Commit,
                             SaveManifest
@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar, dataclass_transform
 
 from protocol.fields import Bool, Bytes, Count, Float, Id, Int, Str, Tokens
+from protocol.lineage import Truncation
 from protocol.table import Rows
 
 T = TypeVar("T")
+MAX_DESCRIBED = 1024  # turns in a DescribeTurns
 REGISTRY: dict[str, type] = {}
 
 
@@ -92,6 +94,8 @@ class ModelInfo:
     reuse: Bool = True  # False: --no-reuse, history is always recomputed
     device: Str = "cpu"
     dtype: Str = "float32"
+    # How the model writes a call of a tool, by its chat template; empty: the template knows no tools.
+    tool_format: Literal["", "hermes", "llama3"] = ""
 
 
 @message("chat_message")
@@ -124,6 +128,24 @@ class Sampling:
     json_schema: Str = ""  # the answer is JSON that this schema allows; empty: it is text
 
 
+@message("tools")
+class Tools:
+    """What a model may call. functions: JSON of OpenAI's list of tools, in the client's own order."""
+
+    functions: Str
+    choice: Literal["auto", "none", "required"] = "auto"
+    name: Str = ""  # required: this one
+    parallel: Bool = True  # more than one call in an answer
+
+
+@message("prompt")
+class Prompt:
+    """A prompt as it is, which no chat template is to render: text, or token ids where there are any."""
+
+    text: Str
+    tokens: Tokens = b""
+
+
 @message("run_turn")
 class RunTurn:
     """Run one turn. Streams TurnStarted, then TurnDelta; the final reply is TurnDone.
@@ -139,6 +161,8 @@ class RunTurn:
     sampling: Sampling
     parent_turn_key: Id | None = None
     parent_tokens: Count = 0
+    # Why the parent's context cannot be used, where the gateway knows: "model_changed", "tenant_differs".
+    parent_reason: Str = ""
     # The parent ended so lately, at another worker, that its context may not be saved yet: wait so long for it.
     parent_wait_ms: Count = 0
     # The answer so far, where an earlier attempt died after streaming part of it: the turn continues from there.
@@ -146,15 +170,23 @@ class RunTurn:
     return_prompt_tokens: Bool = False
     # The turn's place in the gateway's order, lowest first: who gets memory and who is preempted.
     order: Count = 0
+    # Whether a context that outgrows the window loses its oldest part. Disabled: all that was said must fit.
+    truncation: Literal["auto", "disabled"] = "auto"
+    tools: Tools | None = None
+    prompt: Prompt | None = None  # instead of `messages`, which then say it to the journal
+    save: Bool = True  # False: what is computed is not stored; hits are as ever
+    trace: Str = ""  # W3C traceparent of the span that asks; empty: not traced. So in the messages below
 
 
 @message("turn_usage")
 class TurnUsage:
-    """Where each prompt token came from, in tokens: hbm + dram + ssd + computed + sum(missed) = prompt_tokens.
+    """Where each token of the prompt, as far as it is in the context, came from, in tokens:
+    hbm + dram + ssd + computed + sum(missed) = prompt_tokens.
 
     computed: new in this turn. missed: computed too, though an earlier turn had computed them already, by
     reason: "evicted", "unknown", "no_capacity", "manifest_lost", "daemon_unavailable", "corrupt", "revoked",
-    "load_failed", "text_changed", "reuse_off".
+    "load_failed", "text_changed", "reuse_off", "computing_was_cheaper" (than loading), "model_changed",
+    "tenant_differs". explained: more about such a reason in words, where there is more to know.
     """
 
     prompt_tokens: Count
@@ -164,6 +196,8 @@ class TurnUsage:
     ssd: Count = 0
     computed: Count = 0
     missed: dict[Str, Count] = field(default_factory=dict)
+    explained: dict[Str, Str] = field(default_factory=dict)
+    recompute_s: Float = 0.0  # estimated prefill had all of it been computed, at measured rates; 0: not known
 
 
 @message("turn_started")
@@ -217,6 +251,72 @@ class TurnDone:
     decode_s: Float = 0.0
     load_s: Float = 0.0  # busy time of the loader for this turn
     settled: Count = 0  # leading `tokens` that made `text`: neither the end token nor those behind a stop string
+    # What the context has lost of all that was said, and what is left: ranges of token places in prompts and answers.
+    dropped_tokens: Count = 0
+    kept: tuple[tuple[Count, Count], ...] = ()  # told where something was dropped
+
+
+@message("tokenize")
+class Tokenize:
+    """Ask for the token ids of a text, or of messages as the chat template renders them."""
+
+    text: Str = ""
+    messages: tuple[ChatMessage, ...] = ()
+    tools: Str = ""  # as Tools.functions
+    add_special_tokens: Bool = True  # to a text, as the tokenizer does; a template brings its own
+    add_generation_prompt: Bool = True
+    want_strings: Bool = False
+
+
+@message("tokenized")
+class Tokenized:
+    tokens: Tokens
+    strings: tuple[Str, ...] = ()  # how the tokenizer writes each; only where asked for
+
+
+@message("detokenize")
+class Detokenize:
+    """Ask for the text of token ids."""
+
+    tokens: Tokens
+
+
+@message("detokenized")
+class Detokenized:
+    text: Str
+
+
+@message("forget_turns")
+class ForgetTurns:
+    """Let go of these turns' contexts on the device, and overwrite them. The store has them still: Erase comes next.
+
+    Those that are being saved are waited for, so that they are there for it.
+    """
+
+    turn_keys: tuple[Id, ...]
+
+
+@message("turns_forgotten")
+class TurnsForgotten:
+    """bytes: of KV that the contexts held. unsaved: how many turns are being saved still, and are not forgotten."""
+
+    contexts: Count = 0
+    bytes: Count = 0
+    unsaved: Count = 0
+
+
+@message("get_working_kv")
+class GetWorkingKv:
+    """How full is the device's KV?"""
+
+
+@message("working_kv")
+class WorkingKv:
+    """used_bytes: of running turns, of those that are not saved yet, and of finished ones, which are retained_bytes."""
+
+    capacity_bytes: Count
+    used_bytes: Count
+    retained_bytes: Count
 
 
 # -- inference to kvdaemon --------------------------------------------------------------------------------
@@ -255,8 +355,9 @@ class StoreOpened:
 class Manifest:
     """The context saved under a turn key.
 
-    token_ids holds the whole context including the last sampled token, whose KV was never computed;
-    kv_tokens of them have KV, in chunk_ids. text is the rendered prompt and the answer, as the client saw it.
+    token_ids holds all that was said, including the last sampled token, whose KV was never computed; kv_tokens of
+    them were computed. Those that the truncations left are the context, in chunk_ids. text is the rendered prompt and
+    the answer, as the client saw it.
     """
 
     turn_key: Id
@@ -265,16 +366,22 @@ class Manifest:
     text: Str
     chunk_ids: tuple[Id, ...]  # oldest first; the last one may be partial
     kv_tokens: Count
-    dropped: tuple[tuple[Count, Count], ...] = ()  # token ranges lost to context overflow, section 3.4
+    truncations: tuple[
+        Truncation, ...
+    ] = ()  # what the context has lost of token_ids, in the order in which it happened
     # What tells placement when the next turn may come:
     answer_tokens: Count = 0  # 0: not known
     next_speaker: Literal["", "person", "tool"] = ""  # "": nobody knows
+    # Where the answer begins, in token_ids and in text: a conversation may go on from there otherwise. 0: not known.
+    prompt_tokens: Count = 0
+    prompt_chars: Count = 0
 
 
 @message("get_manifest")
 class GetManifest:
     turn_key: Id
     wait_ms: Count = 0  # if it is not there: how long to wait for somebody to save it
+    trace: Str = ""
 
 
 @message("manifest_reply")
@@ -298,6 +405,8 @@ class Acquire:
     partial_id: Id | None = None
     partial_index: Count = 0
     lease_ms: Count = 30_000
+    trace: Str = ""
+    released: tuple[Id, ...] = ()  # leases given back on the way; those that ended already do no harm
 
 
 class SlotRef(NamedTuple):
@@ -320,6 +429,7 @@ class Acquired:
     lease_id: Id
     chunks: Rows[SlotRef]
     miss_reason: Str = ""
+    miss_explained: Str = ""  # more about it in words: which tier lost the chunk, and when
 
 
 @message("quarantine")
@@ -371,7 +481,13 @@ class CommittedChunk(NamedTuple):
 
 @message("commit")
 class Commit:
+    """Take chunks into the store, and what else is to be said by then: a message costs more than what it says."""
+
     chunks: Rows[CommittedChunk]
+    trace: Str = ""
+    manifest: Manifest | None = None  # saved where all chunks are accepted, before this is answered
+    reserve: Count = 0  # empty slots, as with Reserve
+    released: tuple[Id, ...] = ()  # leases, as with Acquire
 
 
 @message("committed")
@@ -379,11 +495,15 @@ class Committed:
     """Per chunk of the Commit: True, it is in the store (also when it was there before); False, refused."""
 
     accepted: tuple[Bool, ...]
+    slots: Rows[ReservedSlot] = ()
 
 
 @message("save_manifest")
 class SaveManifest:
+    """Keep a context whose chunks are in the store."""
+
     manifest: Manifest
+    trace: Str = ""
 
 
 # -- to kvdaemon, from the gateway and the command line ---------------------------------------------------------
@@ -398,15 +518,61 @@ class QueueOrder:
 
 @message("anticipate")
 class Anticipate:
-    """A hint: the next turn after this one is expected in about so many seconds."""
+    """A hint: the next turn after this one is expected in about so many seconds.
+
+    fetch: bring its context into DRAM now, behind those of waiting turns; it stays there for about so long.
+    """
 
     turn_key: Id
     in_s: Float
+    fetch: Bool = False
+
+
+@message("describe_turns")
+class DescribeTurns:
+    """Ask where the contexts of these turns lie."""
+
+    turn_keys: tuple[Id, ...]  # at most MAX_DESCRIBED
+
+
+class TurnPlace(NamedTuple):
+    """A saved context, in tokens with KV; see ManifestEntry. All zero: none is saved under this key."""
+
+    turn_key: Id
+    kv_tokens: Count
+    stored_tokens: Count
+    dram_tokens: Count
+    ssd_tokens: Count
+    last_hit_s: Float
+
+
+@message("turns_described")
+class TurnsDescribed:
+    """One place for each turn asked for, in its order; bytes of all their chunks, shared ones counted once."""
+
+    turns: Rows[TurnPlace]
+    dram_bytes: Count
+    ssd_bytes: Count
+    leases: Count
 
 
 @message("get_status")
 class GetStatus:
     """Ask for the store's state."""
+
+
+@message("measure_namespaces")
+class MeasureNamespaces:
+    """Ask how much KV is stored in each of these; see ids.tenant_namespace."""
+
+    namespaces: tuple[Id, ...]
+
+
+@message("namespaces_measured")
+class NamespacesMeasured:
+    """One for each, in its order. A chunk counts once, in however many tiers it lies."""
+
+    bytes: tuple[Count, ...]
 
 
 @message("tier_status")
@@ -425,6 +591,9 @@ class StoreStatus:
     leases: Count
     reserved_slots: Count
     manifests: Count
+    # Waiting turns that are looked at for prefetching, and whose conversations leave the tiers last; the paper's 3.3.
+    prefetch_window: Count = 0
+    eviction_window: Count = 0
 
 
 # -- to kvdaemon, from the command line: what is stored, whether it is whole, and its removal ----------------------
@@ -492,9 +661,10 @@ class ListManifests:
 class ManifestEntry:
     """A saved context as a list shows it.
 
-    token_ids and kv_tokens as in Manifest. saved_s and last_hit_s are wall clock; 0: not known. last_hit_s: when the
-    context was last handed out to its end, since the daemon started. dram_, ssd_: the part of its KV that is in a tier;
-    end_: the last chunk alone, which the turns that continue this one do not share where it is partial.
+    token_ids, kv_tokens and truncations as in Manifest. saved_s and last_hit_s are wall clock; 0: not known.
+    last_hit_s: when the context was last handed out to its end, since the daemon started. dram_, ssd_: the part of its
+    KV that is in a tier; end_: the last chunk alone, which the turns that continue this one do not share where it is
+    partial.
     """
 
     turn_key: Id
@@ -512,6 +682,7 @@ class ManifestEntry:
     ssd_bytes: Count = 0
     end_dram_bytes: Count = 0
     end_ssd_bytes: Count = 0
+    truncations: tuple[Truncation, ...] = ()
 
 
 @message("manifest_page")
@@ -554,9 +725,11 @@ class Erase:
     """Remove a turn, the turns that continue it, and the earlier ones that nothing else continues, with their KV.
 
     Chunks that another saved context needs stay. The removal goes on to its end whether or not anybody waits.
+    keep: earlier turns that stay although the store knows nothing that continues them: another conversation will.
     """
 
     turn_key: Id
+    keep: tuple[Id, ...] = ()
 
 
 @message("erasure_receipt")

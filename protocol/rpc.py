@@ -54,6 +54,9 @@ _HIGH_WATER = 10_000  # messages queued to one peer; past it the peer counts as 
 _IPC_PATH_LIMIT = 107  # sun_path of a Unix socket
 _LONGEST_HEARTBEAT_S = 60.0
 _DRAIN_S = 0.02
+# From here on a loop that runs late counts as stalled (a machine that was paused, a long collection): what it missed
+# meanwhile is no silence of its peers.
+_STALL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class RpcServer:
     the failed final reply. One that has to wait is a coroutine function: it may stream with `call.send`, and is
     cancelled when the client cancels, dies or falls silent. Handlers begin in the order in which requests come.
     on_peer_lost: called once for a client process that fell silent, not for one that only reconnected.
-    observe: called with (name of the request's type, seconds) after every request.
+    observe: called with (request, seconds) after every request.
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class RpcServer:
         *,
         curve: Curve | None = None,
         on_peer_lost: Callable[[Peer], None] | None = None,
-        observe: Callable[[str, float], None] | None = None,
+        observe: Callable[[Any, float], None] | None = None,
     ) -> None:
         check_endpoint(endpoint, curve)
         self.endpoint = endpoint
@@ -333,7 +336,7 @@ class RpcServer:
             final = encode(Frame("err", call.correlation, wire))
         self._send(call.peer.identity, final)
         if self._observe is not None:
-            self._observe(type(request).__name__, time.monotonic() - call.started_s)
+            self._observe(request, time.monotonic() - call.started_s)
 
     def _reply(self, identity: bytes, frame: Frame) -> None:
         self._send(identity, encode(frame))
@@ -346,10 +349,14 @@ class RpcServer:
             self._socket.send(identity, data)
 
     async def _reap_silent_peers(self) -> None:
+        now = time.monotonic()
         while True:
             await asyncio.sleep(0.5)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            stalled_s = now - before - 0.5
             for peer in list(self._peers.values()):
+                if stalled_s > _STALL_S:
+                    peer.last_seen_s = min(now, peer.last_seen_s + stalled_s)
                 if now - peer.last_seen_s > max(5.0, 5 * peer.heartbeat_s):
                     self._drop(peer)
 
@@ -390,20 +397,28 @@ class _Replies:
     async def take(self, wait_s: float) -> Frame:
         """The next frame. Raises TimeoutError, or what broke the connection. One waits at a time."""
         if not self._came:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = loop.call_later(max(0.0, wait_s), _wake, self._waiter)
-            try:
-                await self._waiter
-            finally:
-                timer.cancel()
-                self._waiter = None
+            late_s = await self._wait(max(0.0, wait_s))
+            if not self._came and late_s > _STALL_S:
+                await self._wait(min(late_s, wait_s))
             if not self._came:
                 raise TimeoutError
         reply = self._came.popleft()
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    async def _wait(self, wait_s: float) -> float:
+        """Until something came, or wait_s have passed. Returns by how much the wait was longer than that."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        due_s = loop.time() + wait_s
+        timer = loop.call_at(due_s, _wake, self._waiter)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+        return loop.time() - due_s
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -93,10 +93,12 @@ class Placement:
     def turn_ended(self, chain: Sequence[ChunkId], whole: int, end: TurnEnd, now_s: float) -> None:
         """A turn ended and left `chain` behind, whose first `whole` chunks are full ones: all, or all but the last."""
         self._now_s = now_s
+        changed = self._thread(chain)
         run = self.tree.deepest(chain)
         if run is None:
             return
         before = self._last_turn(run, chain)
+        self._leave_behind(changed, run, before.profile if before is not None else None, now_s)
         if isinstance(before, Run) and before.partial is not None and before.partial not in chain:
             self._supersede(before.partial)
             before.partial = None
@@ -152,8 +154,7 @@ class Placement:
             self.tree.unsaved.add(chunk_id)
         self._list(run, tier)
         if tail is not None:
-            for ticket in tail.jobs:
-                self._jobs[ticket].runs.append(tail)
+            self._note_jobs(tail)
             self._list_in_both(tail)
             assert tail.parent is not None
             self._list_in_both(tail.parent)
@@ -371,6 +372,32 @@ class Placement:
         if run is not None and run.is_partial:
             run.used_s = run.entered_s = SUPERSEDED_S
             self._list_in_both(run, renew=True)
+
+    def _thread(self, chain: Sequence[ChunkId]) -> list[Run]:
+        """Let what a truncation dropped from `chain` no longer stay for what follows it there. Returns what changed.
+
+        Who spoke last says what follows what: a branch from before the truncation, too, when it goes on.
+        """
+        changed = self.tree.thread(chain)
+        for run in changed:
+            self._note_jobs(run)
+            for at in self.tree.path(run):
+                self._list_in_both(at, renew=True)
+        return changed
+
+    def _leave_behind(self, changed: Iterable[Run], run: Run, profile: object, now_s: float) -> None:
+        """What is dropped from the context that ends in `run` is like what a fork leaves: rarely anybody returns."""
+        for at in changed:
+            if not at.children and at.end is None and at not in self.tree.path(run):
+                rank = self._policy.turn_forked(profile, now_s)
+                at.end, at.profile, at.worth = at.chunks[-1], rank.profile, rank.worth
+                self._list_in_both(at, renew=True)
+
+    def _note_jobs(self, run: Run) -> None:
+        """The run has the jobs of the one that it was cut off."""
+        for ticket in run.jobs:
+            if run not in (runs := self._jobs[ticket].runs):
+                runs.append(run)
 
     def _fork(self, run: Run, ended_s: float, chain: Sequence[ChunkId], now_s: float) -> None:
         """`chain` leaves the conversation of `run` on the way. With more than half of it, it goes on with it."""

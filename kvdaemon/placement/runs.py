@@ -65,6 +65,7 @@ class Run:
 
     __slots__ = (
         "answers",
+        "behind",
         "children",
         "chunks",
         "context",
@@ -95,6 +96,7 @@ class Run:
         self.used_s = now_s
         self.jobs = _NO_JOBS  # tickets of waiting turns that need this run, first come first
         self.is_partial = False  # one chunk that is not full: of use to the turn that follows, and to no other
+        self.behind: ChunkId | None = None  # if it is partial, which chunk of the parent it follows
         # The last turn that ended here.
         self.end: ChunkId | None = None  # its last chunk that this run holds; None: no turn ended here
         self.ended_s: float | None = None  # None: the next one runs already
@@ -198,7 +200,7 @@ class RunTree:
             run = parent
         else:
             run = Run(parent, [chunk_id], now_s)
-            run.is_partial = is_partial
+            run.is_partial, run.behind = is_partial, parent_id if is_partial else None
             if parent is None or parent.children:
                 self.leaves += 1
             if parent is not None:
@@ -254,13 +256,63 @@ class RunTree:
             yield at
             at = at.parent
 
+    def thread(self, chain: Sequence[ChunkId]) -> list[Run]:
+        """Let the chunks of a context follow each other, as far as they are known, each with all that continues it.
+
+        Which they do from the start, but for a truncated context: its oldest chunks then stand where they did, and the
+        others behind what is left in front of them. Returns the runs that were cut off, or that chunks were taken from.
+        """
+        changed: list[Run] = []
+        before: Run | None = None
+        place = 0
+        while place < len(chain) and (run := self.run_of(chain[place])) is not None:
+            if before is not None and before.is_partial:
+                break
+            if run.chunks[0] != chain[place]:
+                run = self._split(run, run.chunks[run.chunks.index(chain[place]) - 1])
+                changed.append(run)
+            if run.parent is not before:
+                if before is not None and run in self.path(before):
+                    break  # a context that nobody can have
+                if run.parent is not None:
+                    changed.append(run.parent)
+                self._hang(run, before)
+            if run.is_partial and place:
+                run.behind = chain[place - 1]
+            place += _in_common(run.chunks, chain[place : place + len(run.chunks)])
+            follower = self.run_of(chain[place]) if place < len(chain) else None
+            if follower is not None and not follower.is_partial and run.chunks[-1] != chain[place - 1]:
+                changed.append(self._split(run, chain[place - 1]))
+            before = run
+        return changed
+
+    def _hang(self, run: Run, parent: Run | None) -> None:
+        """Take the run, with all below it, to another place."""
+        first, resident = run.chunks[0], [tier for tier in TIERS if run.stay(tier).chunks or run.stay(tier).below]
+        if run.parent is not None:
+            for tier in resident:
+                _count_down(run, tier)
+            del run.parent.children[first]
+            self.leaves += not run.parent.children
+        run.parent = parent
+        if parent is not None:
+            self.leaves -= not parent.children
+            if not parent.children:
+                parent.children = {}
+            parent.children[first] = run
+            for tier in resident:
+                _count_up(run, tier)
+
     def _split(self, run: Run, last: ChunkId) -> Run:
         """Cut the run behind `last`. The front keeps its identity; returns the tail, with all that ends there."""
         cut = run.chunks.index(last) + 1
         tail = Run(run, run.chunks[cut:], run.entered_s)
         moved = set(tail.chunks)
         run.chunks = run.chunks[:cut]
-        tail.children, run.children = run.children, {tail.chunks[0]: tail}
+        stay = {first: child for first, child in run.children.items() if child.is_partial and child.behind not in moved}
+        tail.children = {first: child for first, child in run.children.items() if first not in stay} or _NO_CHILDREN
+        run.children = {**stay, tail.chunks[0]: tail}
+        self.leaves += bool(stay) and not tail.children
         for child in tail.children.values():
             child.parent = tail
         for tier in TIERS:
@@ -268,8 +320,9 @@ class RunTree:
             resident = front.chunks
             back.chunks = [c for c in resident if c in moved]
             front.chunks = [c for c in resident if c not in moved]
-            back.below = front.below
-            front.below = 1 if back.chunks or back.below else 0
+            below = sum(bool(child.stay(tier).chunks) for child in stay.values())
+            back.below = front.below - below
+            front.below = below + (1 if back.chunks or back.below else 0)
         tail.used_s, tail.expected_s = run.used_s, run.expected_s
         tail.jobs = dict(run.jobs) if run.jobs else _NO_JOBS
         if run.end in moved:
@@ -308,6 +361,11 @@ class RunTree:
             del parent.children[first]
         if not run.children and (parent is None or parent.children):
             self.leaves -= 1
+
+
+def _in_common(chunks: Sequence[ChunkId], others: Sequence[ChunkId]) -> int:
+    """How many are equal, from the first on."""
+    return next((i for i, (a, b) in enumerate(zip(chunks, others, strict=False)) if a != b), len(others))
 
 
 def _count_up(run: Run, tier: Tier) -> None:

@@ -28,6 +28,11 @@ class Turns:
         """A place in the line for a request whose pieces shall not queue behind later requests."""
         return next(self._order)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a turn: who has one should end it with the piece at hand. From any thread."""
+        return bool(self._waiting)
+
     @contextlib.asynccontextmanager
     async def turn(self, urgency: int, order: int | None = None) -> AsyncIterator[None]:
         """Hold one of the turns. order: of the request that this piece belongs to."""

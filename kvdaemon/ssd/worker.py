@@ -19,13 +19,14 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kvdaemon.failpoints import reach
 from kvdaemon.garbage import without_collections
@@ -377,13 +378,25 @@ class SsdWorker:
         self._writing[place] = needed
         useless: Place | None = place
         try:
-            for layers in _runs(geometry):
+            pieces = deque(_runs(geometry))
+
+            def write() -> Literal["ok", "stale", "corrupt"]:
+                """Piece by piece, until somebody wants the turn: to change threads costs more than most pieces do."""
+                while pieces:
+                    intact = write_layers(self._files, record, arena, slot, pieces.popleft())
+                    if not is_current():
+                        return "stale"
+                    if not intact:
+                        return "corrupt"
+                    if self._disk.is_wanted:
+                        break
+                return "ok"
+
+            while pieces:
                 async with self._disk.turn(BACKGROUND):
-                    intact = await self._moving(partial(write_layers, self._files, record, arena, slot, layers))
-                if not is_current():
-                    return SsdWritten(0, "stale")
-                if not intact:
-                    return SsdWritten(0, "corrupt")
+                    outcome = await self._moving(write)
+                if outcome != "ok":
+                    return SsdWritten(0, outcome)
             async with self._leaving:
                 async with self._turns.turn(BACKGROUND):
                     older = await self._in_thread(lambda: self._tables.put_chunk(record))
@@ -487,6 +500,7 @@ class SsdWorker:
                 ManifestEntry(
                     *(turn_key, manifest.namespace, manifest.token_ids, manifest.kv_tokens, manifest.chunk_ids),
                     *(text_bytes, saved_s),
+                    truncations=manifest.truncations,
                 )
             )
             # What was read counts, not only what is sent: a page is one piece of the database thread's time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -295,8 +296,9 @@ class DaemonProcess:
     def worker_pid(self) -> int | None:
         """The pid of the SSD worker, a child of the daemon."""
         for line in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            if b"kvdaemon.ssd.worker" in Path(f"/proc/{line}/cmdline").read_bytes():
-                return int(line)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has died since
+                if b"kvdaemon.ssd.worker" in Path(f"/proc/{line}/cmdline").read_bytes():
+                    return int(line)
         return None
 
     def metrics_port(self) -> int:

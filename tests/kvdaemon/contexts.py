@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from protocol.arena import Geometry
-from protocol.ids import ROOT, chunk_id, digest, pack_tokens
+from protocol.ids import ROOT, digest, pack_tokens
+from protocol.lineage import Truncation, lineage_of
 from protocol.messages import Ack, Manifest, SaveManifest
 from tests.kvdaemon.client import NAMESPACE, SMALL, Kv, StoreClient
 
@@ -35,15 +36,23 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 def make_turn(
-    token_ids: Sequence[int], *, text: str = "", geometry: Geometry = SMALL, namespace: bytes = NAMESPACE
+    token_ids: Sequence[int],
+    *,
+    text: str = "",
+    geometry: Geometry = SMALL,
+    namespace: bytes = NAMESPACE,
+    truncations: tuple[Truncation, ...] = (),
 ) -> Turn:
-    """The turn whose context is `token_ids`; the last one has no KV yet. Its KV depends on its tokens alone."""
+    """The turn whose transcript is `token_ids`; the last one has no KV yet. Its KV depends on its tokens alone."""
     kv_tokens = np.array(token_ids[:-1], dtype=np.uint32)
     chain: list[Kv] = []
     parent = ROOT
+    names = iter(lineage_of(namespace, kv_tokens, geometry.chunk_tokens, truncations).chunk_ids)
     for start in range(0, len(kv_tokens), geometry.chunk_tokens):
         part = kv_tokens[start : start + geometry.chunk_tokens]
-        this = chunk_id(namespace, parent, part)
+        if any(one.start <= start < one.end for one in truncations):
+            continue
+        this = next(names)
         rng = np.random.default_rng(list(this))
         layers = tuple(
             tuple(
@@ -57,7 +66,8 @@ def make_turn(
     packed = pack_tokens(token_ids)
     key = digest("turn key", namespace, packed, text.encode())
     ids = tuple(kv.chunk_id for kv in chain)
-    return Turn(Manifest(key, namespace, packed, text or f"text of {key.hex()}", ids, len(kv_tokens)), chain)
+    text = text or f"text of {key.hex()}"
+    return Turn(Manifest(key, namespace, packed, text, ids, len(kv_tokens), truncations), chain)
 
 
 async def save_turn(client: StoreClient, turn: Turn) -> None:

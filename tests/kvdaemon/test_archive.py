@@ -14,6 +14,7 @@ import pytest
 from kvdaemon.archive import ArchiveReader, ArchiveWriter, Contents, Layers
 from protocol.arena import Geometry
 from protocol.errors import InvalidRequest
+from protocol.lineage import Truncation
 from tests.kvdaemon.contexts import Turn, make_turn
 
 TINY = Geometry(layers=2, key_bytes=2, value_bytes=3, chunk_tokens=4)
@@ -65,6 +66,22 @@ def test_round_trip(tmp_path: Path, tokens: int) -> None:
     assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o600
     assert written(tmp_path / "two", turn) == first
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_a_truncated_context_comes_back_truncated(tmp_path: Path) -> None:
+    turn = make_turn(range(30), geometry=TINY, truncations=(Truncation(21, 4, 12), Truncation(26, 12, 20)))
+    written(tmp_path / "archive", turn)
+    contents, chunks = read(tmp_path / "archive")
+    assert contents.manifest.truncations == turn.manifest.truncations
+    assert contents.kept_tokens == 29 - 16
+    assert chunks == [layers_of(turn, index) for index in range(len(turn.chain))]
+
+
+@pytest.mark.parametrize("truncation", [(21, 4, 13), (21, 12, 4), (10, 4, 12), (99, 4, 12)])
+def test_a_truncation_that_cannot_be_is_refused(truncation: tuple[int, int, int]) -> None:
+    turn = make_turn(range(30), geometry=TINY)
+    with pytest.raises(InvalidRequest, match="whole chunks"):
+        Contents(TINY, replace(turn.manifest, truncations=(Truncation(*truncation),)))
 
 
 def test_every_flipped_bit_is_refused(tmp_path: Path, turn: Turn) -> None:

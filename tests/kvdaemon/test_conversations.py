@@ -42,7 +42,7 @@ contexts = st.lists(
 @given(contexts)
 def test_earlier_turns_equal_a_comparison_of_all_with_all(drawn: list[tuple[list[int], int]]) -> None:
     turns = [context(n, token_ids, namespace) for n, (token_ids, namespace) in enumerate(drawn)]
-    earlier = EarlierTurns()
+    earlier = EarlierTurns(TINY.chunk_tokens)
     for turn in turns:
         earlier.note(turn)
     for turn in turns:

@@ -13,6 +13,7 @@ import pytest
 from kvdaemon.ssd.tables import Tables
 from protocol.errors import InvalidRequest, PeerUnavailable
 from protocol.ids import new_id
+from protocol.lineage import Truncation
 from protocol.messages import (
     Ack,
     ChunkPlace,
@@ -90,6 +91,71 @@ def in_tables(daemon: DaemonProcess, turns: Sequence[Turn]) -> list[bytes]:
     found += [turn.key for turn in turns if tables.manifest(turn.key) is not None]
     tables.close()
     return found
+
+
+def test_truncated_conversations(daemon: DaemonProcess) -> None:
+    """What they dropped goes with them; what others need stays."""
+    shared, mine = tokens(97, 1), tokens(130, 2)
+    cousin = make_turn(shared + tokens(40, 9))
+    before = make_turn(shared + mine[:70])
+    after = make_turn(shared + mine, truncations=(Truncation(166, 0, 128),))
+    lone = make_turn(tokens(200, 3), truncations=(Truncation(170, 32, 96),))
+    dropped = make_turn(tokens(200, 3)[:97]).chain[1:]  # saved once, of a turn that is forgotten
+
+    async def main() -> None:
+        client = await StoreClient(daemon.run_dir).start()
+        for turn in (cousin, before, after, lone):
+            await save_turn(client, turn)
+        await client.save(dropped)
+        await written_behind(daemon)
+        assert after.chain[0].chunk_id == before.chain[4].chunk_id
+        receipt = await erase(client, lone.key)
+        assert {kv.chunk_id for kv in (*lone.chain, *dropped)} == set(receipt.dram_chunks) == set(receipt.ssd_chunks)
+        assert await client.load(after.chain) == ["dram"] * len(after.chain)
+        receipt = await erase(client, after.key)
+        assert set(receipt.turn_keys) == {before.key, after.key}
+        assert traces(daemon, [before, after], kept=[cousin]) == []
+        assert await client.load(cousin.chain) == ["dram"] * len(cousin.chain)
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_erasing_a_sibling_leaves_what_a_truncated_context_needs(daemon: DaemonProcess) -> None:
+    """The parent of its first chunk is nobody's any more, and goes; the chunk itself is no orphan."""
+    said = tokens(225, 1)
+    sibling = make_turn(said[:129] + tokens(10, 2))
+    truncated = make_turn(said, truncations=(Truncation(200, 0, 128),))
+
+    async def main() -> None:
+        client = await StoreClient(daemon.run_dir).start()
+        for turn in (sibling, truncated):
+            await save_turn(client, turn)
+        await written_behind(daemon)
+        receipt = await erase(client, sibling.key)
+        assert {kv.chunk_id for kv in sibling.chain} == set(receipt.dram_chunks)
+        assert await client.load(truncated.chain) == ["dram"] * len(truncated.chain)
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_an_earlier_turn_that_is_kept_stays(daemon: DaemonProcess) -> None:
+    """Nothing in the store continues it but the erased one; somebody says that it is needed."""
+    said = tokens(100, 1)
+    first, second = make_turn(said[:64]), make_turn(said)
+
+    async def main() -> None:
+        client = await StoreClient(daemon.run_dir).start()
+        for turn in (first, second):
+            await save_turn(client, turn)
+        receipt = await client.rpc.request(Erase(second.key, (first.key,)), ErasureReceipt, 60.0)
+        assert (receipt.turn_keys, receipt.shared_chunks) == ((second.key,), 1)
+        assert (await client.get_manifest(first.key)).manifest == first.manifest
+        assert await client.load(first.chain) == ["dram"] * 2
+        await client.stop()
+
+    asyncio.run(main())
 
 
 def test_nothing_of_an_erased_conversation_is_left(daemon: DaemonProcess) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +15,13 @@ import zmq
 
 from protocol.arena import Arena, ClientLock, Geometry, SlotState
 from protocol.errors import CachedAttentionError, CapacityError, InvalidRequest, PeerProtocolError
-from protocol.ids import ROOT, new_id
+from protocol.ids import ROOT, new_id, pack_tokens
 from protocol.messages import (
     Ack,
     AttachArena,
     Commit,
     Committed,
+    Manifest,
     OpenStore,
     Quarantine,
     QueueOrder,
@@ -115,6 +116,43 @@ def test_manifests(daemon: DaemonProcess) -> None:
         daemon.start()
         reply = await eventually(lambda: client.get_manifest(b"1" * 16), "an answer")
         assert reply.manifest == newer
+        await client.stop()
+
+    run(main())
+
+
+def test_a_commit_takes_along_what_else_is_to_be_said(daemon: DaemonProcess) -> None:
+    """The context, saved only if all its chunks are accepted; slots; and leases, of which ended ones do no harm."""
+
+    async def main() -> None:
+        client = await StoreClient(daemon.run_dir).start()
+        chain = make_chain(SMALL, 2, seed=1)
+        ids = tuple(kv.chunk_id for kv in chain)
+        context = Manifest(b"k" * 16, client.namespace, pack_tokens([1]), "text", ids, 2 * SMALL.chunk_tokens)
+
+        async def commit(slots: Sequence[ReservedSlot], released: tuple[bytes, ...] = ()) -> Committed:
+            chunks = tuple(client.committed(slot, kv) for slot, kv in zip(slots, chain, strict=False))
+            return await client.rpc.request(Commit(chunks, "", context, 3, released), Committed, 5.0)
+
+        slots = await client.reserve(2)
+        client.fill(slots[0].slot, chain[0])
+        reply = await commit(slots)
+        assert reply.accepted == (True, False)  # nothing was written into the second slot
+        assert len(reply.slots) == 3
+        assert (await client.get_manifest(b"k" * 16)).manifest is None
+        leases = [(await client.acquire(ids[:1])).lease_id for _ in range(2)]
+        await client.release(leases[0])
+        assert (await client.status()).leases == 1
+        client.fill(reply.slots[0].slot, chain[0])
+        client.fill(reply.slots[1].slot, chain[1])
+        reply = await commit(reply.slots, (leases[0], b"?" * 16, leases[1]))
+        assert reply.accepted == (True, True)
+        assert (await client.get_manifest(b"k" * 16)).manifest == context
+        status = await client.status()
+        assert (status.leases, status.reserved_slots) == (0, 4)  # of the three at first, one was not used
+        lease = (await client.acquire(ids)).lease_id
+        assert len((await client.acquire(ids, released=(lease,))).chunks) == 2
+        assert (await client.status()).leases == 1
         await client.stop()
 
     run(main())

@@ -15,6 +15,7 @@ from kvdaemon.ssd.chunk_files import Place
 from kvdaemon.ssd.tables import ChunkRecord, DatabaseInUse, Tables, _sealed
 from kvdaemon.ssd.worker import DAMAGED_MARK, open_tier
 from protocol.errors import PeerProtocolError
+from protocol.lineage import Truncation
 from protocol.messages import Manifest
 
 _CAPACITY = 1024 * 1024 * 1024
@@ -25,7 +26,7 @@ def record(chunk_id: bytes, slot: int = 0) -> ChunkRecord:
 
 
 def manifest(key: bytes, text: str = "hi") -> Manifest:
-    return Manifest(key, b"n" * 16, b"\1\0\0\0", text, (b"c" * 16,), 1, ((2, 3),))
+    return Manifest(key, b"n" * 16, b"\1\0\0\0", text, (b"c" * 16,), 1, (Truncation(1, 0, 1),))
 
 
 def test_round_trip_and_reopen(tmp_path: Path) -> None:

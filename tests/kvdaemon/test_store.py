@@ -16,8 +16,10 @@ from monitoring.registry import new_registry
 from protocol.arena import Arena, SlotState
 from protocol.errors import CapacityError, InvalidRequest
 from protocol.ids import ROOT
+from protocol.lineage import Truncation
 from protocol.messages import Acquire, Acquired, CommittedChunk, ReservedSlot, SsdReadChunk, SsdRecord
 from tests.kvdaemon.client import NAMESPACE, SMALL
+from tests.kvdaemon.contexts import Turn, make_turn, tokens
 
 A, B = b"a" * 16, b"b" * 16
 IDS = [bytes([n]) * 16 for n in range(1, 40)]
@@ -47,10 +49,18 @@ class Bench:
                 for chunk in self.store.next_dirty(1):
                     self.store.written_behind(chunk, 100)
 
-    def commit(self, slot: ReservedSlot, chunk_id: bytes, client: bytes = A, layers: int = SMALL.layers) -> bool:
+    def commit(
+        self,
+        slot: ReservedSlot,
+        chunk_id: bytes,
+        client: bytes = A,
+        layers: int = SMALL.layers,
+        parent_id: bytes = ROOT,
+        tokens: int = 5,
+    ) -> bool:
         for layer in range(layers):
             self.arena.set_layer_ready(slot.slot, layer, 0)
-        chunk = CommittedChunk(slot.slot, slot.generation, chunk_id, ROOT, NAMESPACE, 5)
+        chunk = CommittedChunk(slot.slot, slot.generation, chunk_id, parent_id, NAMESPACE, tokens)
         return self.store.commit(client, [chunk])[0]
 
     def stored(self, *chunk_ids: bytes) -> None:
@@ -185,6 +195,32 @@ def test_without_an_ssd_dirty_chunks_make_room(bench: Bench, why: str) -> None:
     assert len(bench.store.reserve(A, 1)) == 1
     assert bench.store.index.get(IDS[0]) is None
     assert bench.acquire(IDS[0])[0].miss_reason == "evicted"
+
+
+def test_what_a_truncation_dropped_makes_room_first(bench: Bench) -> None:
+    """Once a turn without it is saved; what is left of the conversation is still all there, and leased to its end."""
+    size = SMALL.chunk_tokens
+    transcript = make_turn(tokens(6 * size + 1, 1))
+    truncated = make_turn(tokens(8 * size + 1, 1), truncations=(Truncation(6 * size, size, 4 * size),))
+    dropped = [kv.chunk_id for kv in transcript.chain[1:4]]
+
+    def save(turn: Turn) -> None:
+        for kv in turn.chain:
+            if bench.store.index.get(kv.chunk_id) is None:
+                (slot,) = bench.store.reserve(A, 1)
+                assert bench.commit(slot, kv.chunk_id, parent_id=kv.parent_id, tokens=size)
+                for chunk in bench.store.next_dirty(1):
+                    bench.store.written_behind(chunk, 100)
+        bench.store.turn_ended(turn.manifest)
+
+    save(transcript)
+    save(truncated)
+    kept = truncated.manifest.chunk_ids
+    assert len(bench.store.reserve(B, 3)) == 3
+    assert [c for c in dropped if bench.store.index.get(c).residence is Residence.READY] == []  # type: ignore[union-attr]
+    assert [ref.tier for ref in bench.acquire(*kept)[0].chunks] == ["dram"] * 5
+    assert bench.store.evict_from_ssd(300, 3) == dropped[::-1]
+    assert bench.acquire(*transcript.manifest.chunk_ids)[0].miss_reason == "evicted"
 
 
 def test_writers_leave_slots_for_fetches(tmp_path: Path) -> None:

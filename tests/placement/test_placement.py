@@ -41,9 +41,21 @@ class Store:
     ) -> None:
         """A turn with this context begins, and ends. partial: the name of a last chunk that is not full."""
         chain = [*path_of(word), *([partial] if partial else [])]
+        self.turn_of(chain, now_s, *tiers, speaker=speaker, partial=bool(partial), took_s=took_s)
+
+    def turn_of(
+        self,
+        chain: Sequence[bytes],
+        now_s: float,
+        *tiers: Tier,
+        speaker: str = "person",
+        partial: bool = False,
+        took_s: float = 0.0,
+    ) -> None:
+        """A turn with any context, a truncated one for example."""
         self.placement.used(chain, now_s)
-        self.put(chain, now_s + took_s, *tiers, partial=bool(partial))
-        self.placement.turn_ended(chain, len(word), TurnEnd(speaker, 10), now_s + took_s)
+        self.put(chain, now_s + took_s, *tiers, partial=partial)
+        self.placement.turn_ended(chain, len(chain) - partial, TurnEnd(speaker, 10), now_s + took_s)
 
     def evict(self, tier: Tier, now_s: float, *, unsaved_too: bool = False) -> str:
         victim = self.placement.next_victim(tier, now_s, unsaved_too=unsaved_too)
@@ -159,6 +171,114 @@ def test_nothing_continues_a_partial_chunk() -> None:
     store.turn("a", 1.0, partial=b"a.")
     store.placement.added("dram", b"z", b"a.", 2.0)
     assert sorted(store.evictions("dram", 3.0)) == ["a", "a.", "z"]
+
+
+# -- truncated contexts ----------------------------------------------------------------------------------------------
+
+
+def without(word: str, start: int, end: int) -> list[bytes]:
+    """The context of a word that dropped the chunks start..end-1."""
+    return [*path_of(word)[:start], *path_of(word)[end:]]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_what_a_truncation_dropped_does_not_stay_for_what_is_left(start: int) -> None:
+    """It goes in its turn, and what goes on stays whole: nothing resident needs it any more."""
+    store = Store(LeastRecentlyUsed())
+    store.turn("sddkk", 1.0)
+    store.turn("old", 2.0)
+    store.turn_of(without("sddkkn", start, 3), 3.0)
+    dropped = path_of("sdd")[start:]
+    left = [*path_of("s")[:start], b"sddk", b"sddkk", b"sddkkn"]
+    store.turn_of(left, 4.0)
+    gone = store.evictions("dram", 5.0)
+    assert gone == [c.decode() for c in (*path_of("old")[::-1], *dropped[::-1], *left[::-1])]
+
+
+def test_until_a_turn_has_ended_without_it_all_stays() -> None:
+    """One that is cancelled leaves the context as it was."""
+    store = Store(LeastRecentlyUsed())
+    store.turn("sddkk", 1.0)
+    store.placement.used(without("sddkk", 1, 3), 2.0)
+    assert store.evictions("dram", 3.0) == ["sddkk", "sddk", "sdd", "sd", "s"]
+
+
+def test_a_branch_keeps_what_another_has_dropped() -> None:
+    """From within what was dropped, and from behind it: whoever goes on there has it before the rest again."""
+    store = Store(LeastRecentlyUsed())
+    store.turn("sddkk", 1.0)
+    store.turn("sdx", 2.0)
+    store.turn_of(without("sddkkn", 1, 3), 3.0)
+    store.turn("old", 4.0)
+    store.turn("sddkx", 5.0)
+    store.turn("sdxx", 6.0)
+    gone = store.evictions("dram", 7.0)
+    assert gone[:4] == ["sddkkn", "sddkk", "old", "ol"]
+    assert gone.index("sddkx") < gone.index("sddk") < gone.index("sdd") < gone.index("sd")
+    assert gone.index("sdxx") < gone.index("sdx") < gone.index("sd")
+
+
+def test_several_truncations_in_a_row_and_a_partial_chunk() -> None:
+    store = Store(LeastRecentlyUsed())
+    store.turn("saabb", 1.0, partial=b"p")
+    store.turn_of([*without("saabbcc", 1, 3), b"q"], 2.0, partial=True)
+    store.turn_of([*without("saabbccd", 1, 5), b"r"], 3.0, partial=True)
+    store.turn("old", 4.0)
+    left = without("saabbccd", 1, 5)
+    store.turn_of(left, 5.0)
+    gone = store.evictions("dram", 6.0)
+    assert sorted(gone[:3]) == ["p", "q", "r"]
+    assert gone[3:10] == ["saa", "sa", "saabb", "saab", "old", "ol", "o"]
+    assert gone[10:] == [c.decode() for c in left[::-1]]
+
+
+def test_a_turn_that_waits_keeps_what_it_needs_though_another_drops_it() -> None:
+    store = Store(SchedulerAware())
+    store.turn("sddkk", 1.0)
+    store.placement.wait(7, path_of("sddk"))
+    store.turn_of(without("sddkkn", 1, 3), 2.0)
+    store.turn("old", 3.0)
+    gone = store.evictions("dram", 4.0)
+    assert gone[:3] == ["old", "ol", "o"]
+    assert {"sdd", "sd"} < set(gone[3:])
+    store.turn("sddkk", 1.0)
+    store.placement.wait(8, path_of("sddk"))
+    store.turn_of(without("sddkkn", 1, 3), 2.0)
+    store.turn("old", 3.0)
+    store.placement.go(8)
+    store.placement.go(7)
+    assert store.evictions("dram", 4.0)[:2] == ["sdd", "sd"]
+
+
+def test_what_a_truncation_left_behind_ranks_as_what_a_fork_left() -> None:
+    policy = Listener()
+    store = Store(policy)
+    store.turn("sddkk", 1.0)
+    store.turn_of(without("sddkkn", 1, 3), 5.0)
+    store.turn_of(without("sddkknn", 1, 3), 9.0)
+    assert [what for what in policy.told if what[0] == "forked"] == [("forked", 1)]
+    assert policy.told[-1] == ("ended", (3, 5, 1, 4.0))
+
+
+def test_after_a_restart_chunks_come_as_they_were_saved() -> None:
+    """Each behind what it was computed behind; the next turn of the conversation says what is left of that."""
+    store = Store(LeastRecentlyUsed())
+    saved = path_of("sddkkn")
+    for i, chunk_id in enumerate(saved):
+        store.placement.added("dram", chunk_id, saved[i - 1] if i else b"", 0.0)
+    store.turn_of(without("sddkkn", 1, 3), 1.0)
+    store.turn_of(without("sddkkn", 1, 3), 2.0)
+    assert store.evictions("dram", 3.0)[:2] == ["sdd", "sd"]
+
+
+def test_a_context_that_nobody_can_have_changes_nothing_for_good() -> None:
+    """Chunks in an order that goes round in a circle, or twice: all can still go, each once."""
+    for chain in (b"c b a", b"b c a b", b"a c b", b"c c a", b"b a b a"):
+        store = Store(LeastRecentlyUsed())
+        for i, chunk_id in enumerate((b"a", b"b", b"c")):
+            store.placement.added("dram", chunk_id, b" ab"[i : i + 1], 0.0)
+        store.placement.turn_ended(chain.split(), 3, TurnEnd(), 1.0)
+        assert sorted(store.evictions("dram", 2.0)) == ["a", "b", "c"]
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------

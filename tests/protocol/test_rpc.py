@@ -136,9 +136,9 @@ class Gate:
 
 def test_a_request_gets_its_reply(endpoint: str) -> None:
     async def main() -> None:
-        seen: list[tuple[str, float]] = []
+        seen: list[tuple[object, float]] = []
         async with (
-            serving(endpoint, {}, observe=lambda name, seconds: seen.append((name, seconds))) as server,
+            serving(endpoint, {}, observe=lambda request, seconds: seen.append((request, seconds))) as server,
             connected(endpoint) as client,
         ):
             reply = await client.request(Reserve(2), Reserved, 5)
@@ -146,7 +146,7 @@ def test_a_request_gets_its_reply(endpoint: str) -> None:
             assert [peer.role for peer in server.peers] == ["cli"]
             assert server.stats.requests == 1
             await eventually(lambda: len(seen) == 1)
-            assert seen[0][0] == "Reserve"
+            assert seen[0][0] == Reserve(2)
             assert 0 <= seen[0][1] < 5
 
     run(main())
@@ -210,7 +210,9 @@ def test_a_handlers_error_reaches_the_caller(endpoint: str, raised: Exception, e
     run(main())
 
 
-@pytest.mark.parametrize("reply", [None, "text", Reserve("many"), ManifestReply(object())], ids=repr)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "reply", [None, "text", Reserve("many"), ManifestReply(object())], ids=["none", "text", "of text", "of objects"]
+)  # type: ignore[arg-type]
 def test_a_handler_that_returns_no_message_still_gives_one_final_reply(endpoint: str, reply: Any) -> None:
     async def wrong(call: Call, body: GetStatus) -> Any:
         return reply
@@ -345,6 +347,28 @@ def test_a_stream_that_falls_silent_ends_and_is_cancelled(endpoint: str) -> None
                 async for _ in client.stream(GetStatus(), 30, 0.2):
                     pass
             await eventually(lambda: gate.ended == ["cancelled"])
+
+    run(main())
+
+
+def test_time_in_which_a_process_stood_still_is_nobodys_silence(endpoint: str) -> None:
+    """Neither a reply that could not be made nor a ping that could not be read counts as missing."""
+
+    async def main() -> None:
+        lost: list[Peer] = []
+        async with (
+            serving(endpoint, {Reserve: reserve}, on_peer_lost=lost.append) as server,
+            connected(endpoint) as client,
+        ):
+            for stall_s in (1.0, 5.5):
+                asked = asyncio.ensure_future(client.request(Reserve(1), Reserved, 0.5))
+                await asyncio.sleep(0)  # it is sent
+                time.sleep(stall_s)  # noqa: ASYNC251 - the loop is to stand still
+                assert isinstance(await asked, Reserved)
+            await asyncio.sleep(1.0)  # peers are looked at meanwhile
+            assert not lost
+            assert len(server.peers) == 1
+            assert client.is_connected
 
     run(main())
 
