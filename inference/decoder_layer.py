@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from inference.linear import Weight, is_for_onednn
+from inference.kernels import NORM_BLOCK, norm_kernel
+from inference.linear import Weight, is_for_onednn, multiplies
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -28,6 +29,8 @@ _PROBE = "cachedattention_probe"
 _PROBE_SIZE = 0.01  # of the input: so small that what the layer adds to it is nearly all of its answer
 # Largest difference of the answers, as a part of their spread: beyond rounding, below what any other layer gives.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+_FEW = 64  # rows that one thread norms in less time than torch's five operations take to begin
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]  # as transformers' AttentionInterface registers them
 
@@ -43,9 +46,9 @@ class DecoderLayer(nn.Module):
         self.attention_type = getattr(layer, "attention_type", None)  # some models choose the mask by it
         self._scaling, self._head_dim = scaling, own.head_dim
         self._heads = [linear.out_features // own.head_dim for linear in (own.q_proj, own.k_proj, own.v_proj)]
-        self._input_norm, self._mlp_norm = _RmsNorm(layer.input_layernorm), _RmsNorm(layer.post_attention_layernorm)
-        self._query_norm = _RmsNorm(own.q_norm) if hasattr(own, "q_norm") else None
-        self._key_norm = _RmsNorm(own.k_norm) if hasattr(own, "k_norm") else None
+        self._input_norm, self._mlp_norm = RmsNorm(layer.input_layernorm), RmsNorm(layer.post_attention_layernorm)
+        self._query_norm = RmsNorm(own.q_norm) if hasattr(own, "q_norm") else None
+        self._key_norm = RmsNorm(own.k_norm) if hasattr(own, "k_norm") else None
         self._qkv, self._out = Weight(own.q_proj, own.k_proj, own.v_proj), Weight(own.o_proj)
         self._gate, self._up, self._down = Weight(mlp.gate_proj), Weight(mlp.up_proj), Weight(mlp.down_proj)
 
@@ -67,13 +70,21 @@ class DecoderLayer(nn.Module):
         return self._down.product_with("add", x, gated)
 
 
-class _RmsNorm:
-    """As Llama's, to the bit: in bfloat16 the order of roundings shows."""
+class RmsNorm:
+    """As Llama's, with its roundings: in bfloat16 their order shows."""
 
     def __init__(self, norm: Any) -> None:
         self._weight, self._epsilon = norm.weight.detach(), norm.variance_epsilon
+        is_whole = len(self._weight) % NORM_BLOCK == 0 and self._weight.is_contiguous()
+        self._kernel = norm_kernel(self._weight.itemsize) if is_whole and multiplies(self._weight) else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // len(self._weight)
+        if self._kernel is not None and rows <= _FEW and x.is_contiguous() and x.dtype == self._weight.dtype:
+            out = torch.empty_like(x)
+            sizes = self._weight.itemsize, rows, len(self._weight)
+            self._kernel(*sizes, x.data_ptr(), self._weight.data_ptr(), out.data_ptr(), self._epsilon)
+            return out
         exact = x.float()
         scale = exact.square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
         return (exact * scale).to(x.dtype).mul_(self._weight)

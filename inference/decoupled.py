@@ -7,6 +7,7 @@ keys, rotates them at each token's own position, writes the new KV into each job
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from inference.attention.decode import Decoding, takes
 from inference.attention.dense import Masks, attend
+from inference.attention.paged import PagedStep, Part, flash_for
 from inference.decoder_layer import replace_decoder_layers
 from inference.linear import replace_linears
-from inference.rotary import Rotary, RotaryTable, Rows
-from inference.working_kv import WorkingKv
+from inference.paged_kv import PagedKv
+from inference.rotary import Rotary, RotaryTable, StepRows
+from inference.working_kv import Kv, WorkingKv
 from protocol.errors import InternalError
 
 _names = itertools.count()
@@ -33,7 +37,7 @@ class Segment:
     layer_done(l) is called when the KV of layer l is whole: history arrived, new tokens written.
     """
 
-    kv: WorkingKv
+    kv: Kv
     token_ids: torch.Tensor  # [n] int64
     wait_layer: Callable[[int], None] | None = None
     layer_done: Callable[[int], None] | None = None
@@ -42,13 +46,32 @@ class Segment:
     def __post_init__(self) -> None:
         self.past = self.kv.length
 
+    @property
+    def total(self) -> int:
+        """Tokens of the context when this step is done."""
+        return self.past + len(self.token_ids)
+
+    def arrive_at(self, layer: int) -> None:
+        """The new tokens' KV of that layer is written: see to the rest of it."""
+        if self.wait_layer is not None:
+            self.wait_layer(layer)
+        if self.layer_done is not None:
+            self.layer_done(layer)
+
 
 @dataclass
 class _Step:
     segments: Sequence[Segment]
     bounds: list[tuple[int, int]]  # of each segment in the flat row
-    rows: dict[RotaryTable, Rows]
+    rotary: Rotary
+    positions: torch.Tensor  # of each token, [tokens] int64
     masks: Masks
+    paged: PagedStep | None  # where working KV lies in pages
+    decoding: Decoding | None  # the first segments, where they have one token each
+
+    @functools.cached_property
+    def rows(self) -> dict[RotaryTable, StepRows]:
+        return self.rotary.at(self.positions)
 
 
 class DecoupledModel:
@@ -83,7 +106,7 @@ class DecoupledModel:
         positions = torch.cat([torch.arange(s.past, s.past + len(s.token_ids)) for s in segments]).to(self.device)
         row = torch.cat([s.token_ids for s in segments]).to(self.device)
         wanted = torch.arange(end) if all_logits else torch.tensor([b[1] - 1 for b in bounds])
-        self._step = _Step(segments, bounds, self.rotary.at(positions), Masks())
+        self._step = _Step(segments, bounds, self.rotary, positions, Masks(), _paged(segments), _decoding(segments))
         try:
             out = self._model(
                 input_ids=row.unsqueeze(0),
@@ -93,9 +116,12 @@ class DecoupledModel:
                 logits_to_keep=wanted.to(self.device),
                 return_dict=True,
             )
+            return out.logits[0].float()
         finally:
             self._step = None
-        return out.logits[0].float()
+            if self.device.type == "cuda":
+                # Steps are measured; and what they read may be given to others when they are over.
+                torch.cuda.current_stream(self.device).synchronize()
 
     @staticmethod
     def commit(segments: Sequence[Segment]) -> None:
@@ -120,21 +146,36 @@ class DecoupledModel:
         if step is None:
             raise InternalError("attention called outside a step")
         layer: int = module.layer_idx
+        decoding = step.decoding if softcap is None and s_aux is None else None
+        if decoding is not None and decoding.count == len(step.segments):
+            turn = self.rotary.half_turn(layer, decoding.shape)
+            if turn is not None:
+                q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+                return decoding.attend(layer, q, k, v, k, scaling, sliding_window, turn).unsqueeze(0), None
         rotated_query, rotated_key = self.rotary.rotate(layer, query, key, step.rows)
         raw, rotated, values = key[0].transpose(0, 1), rotated_key[0].transpose(0, 1), value[0].transpose(0, 1)
-        pieces = []
-        for segment, (start, end) in zip(step.segments, step.bounds, strict=True):
-            kv, total = segment.kv, segment.past + end - start
+        if step.paged is not None:
+            step.paged.write(layer, rotated, values, raw)
+            for segment in step.segments:
+                segment.arrive_at(layer)
+            found = step.paged.attend(layer, rotated_query[0], scaling, sliding_window, softcap, s_aux)
+            return found.unsqueeze(0), None
+        pieces, first = [], 0
+        if decoding is not None:
+            first = decoding.count
+            by_token = rotated_query[0].transpose(0, 1)
+            pieces.append(decoding.attend(layer, by_token, rotated, values, raw, scaling, sliding_window))
+        for segment, (start, end) in zip(step.segments[first:], step.bounds[first:], strict=True):
+            kv, total = segment.kv, segment.total
+            assert isinstance(kv, WorkingKv), "one step, one kind of working KV"
             kv.write(layer, segment.past, rotated[start:end], values[start:end], raw[start:end])
-            if segment.wait_layer is not None:
-                segment.wait_layer(layer)
-            if segment.layer_done is not None:
-                segment.layer_done(layer)
+            segment.arrive_at(layer)
+            keys, seen_values = kv.seen(layer, segment.past, total)
             pieces.append(
                 attend(
                     rotated_query[0, :, start:end],
-                    kv.keys[layer, :total],
-                    kv.values[layer, :total],
+                    keys,
+                    seen_values,
                     step.masks,
                     scaling,
                     sliding_window,
@@ -144,3 +185,19 @@ class DecoupledModel:
             )
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return out.unsqueeze(0), None
+
+
+def _decoding(segments: Sequence[Segment]) -> Decoding | None:
+    found = [segment.kv for segment in itertools.takewhile(_is_decoding, segments) if isinstance(segment.kv, WorkingKv)]
+    return Decoding(found) if found and takes(found[0].shape) else None
+
+
+def _is_decoding(segment: Segment) -> bool:
+    """One token, and nobody to wait for or to tell."""
+    is_alone = segment.wait_layer is None and segment.layer_done is None
+    return len(segment.token_ids) == 1 and is_alone and isinstance(segment.kv, WorkingKv)
+
+
+def _paged(segments: Sequence[Segment]) -> PagedStep | None:
+    parts = [Part(s.kv, s.past, len(s.token_ids)) for s in segments if isinstance(s.kv, PagedKv)]
+    return PagedStep(parts, flash_for(parts[0].kv.shape)) if parts else None

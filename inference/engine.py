@@ -11,8 +11,8 @@ import bisect
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,14 +22,16 @@ from inference.decoupled import DecoupledModel, Segment
 from inference.logprobs import Logprobs
 from inference.planner import JobView, StepCosts, plan_step
 from inference.preload import LoadFailed, LoadTask
+from inference.rates import Rates, pairs
 from inference.sampling import Sampler
 from inference.save import Saver, SaveTask
 from inference.text import AnswerText
 from inference.worker import Worker
-from inference.working_kv import OutOfKv, WorkingKv
+from inference.working_kv import Kv, OutOfKv
 from monitoring.logs import get_logger
 from protocol.errors import CallerError
 from protocol.ids import TokenArray
+from protocol.lineage import Truncation, kept_ranges, place_of
 from protocol.messages import SampledLogprobs
 
 log = get_logger(__name__)
@@ -38,6 +40,7 @@ _STALLED_S = 0.02  # how soon jobs that lack memory look again; they are also to
 # Memory that is on its way, from a save or from a preempted job, is waited for so long before a job is preempted.
 _PATIENCE_S = 0.25
 _PREEMPTED_PATIENCE_S = 6.0  # longer than such a save may take
+_LOOK_AGAIN_S = 0.002  # at jobs that all wait for their history; the loader says so when a layer is there
 
 
 class Listener(Protocol):
@@ -48,6 +51,8 @@ class Listener(Protocol):
     def on_done(self, job: Job) -> None: ...
 
     def on_preempted(self, job: Job) -> None: ...
+
+    def on_context_full(self, job: Job) -> None: ...
 
     def on_load_failed(self, job: Job, failure: LoadFailed) -> None: ...
 
@@ -70,6 +75,7 @@ class Job:
     eos_ids: Collection[int]
     listener: Listener
     order: int = 0  # the gateway's; the lowest goes first
+    window: int = 1 << 30  # tokens; a context as long as that leaves before its next token
     logprobs: Logprobs | None = None  # where they are wanted
     is_cancelled: bool = False
     load: LoadTask | None = None
@@ -81,15 +87,22 @@ class Job:
     first_token_s: float = 0.0
     done_s: float = 0.0
     context: torch.Tensor = field(init=False)  # what is computed before the next new token, int64
-    _kv: WorkingKv | None = field(init=False, default=None)
+    truncations: tuple[Truncation, ...] = ()  # what of prompt and sampled is not in it
+    _kv: Kv | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.sampled = list(self.resumed)
 
-    def enter(self, kv: WorkingKv, load: LoadTask | None = None, save: SaveTask | None = None) -> None:
-        """Go on from here with `kv`, which is begun; its length is the history."""
-        self._kv, self.load, self.save = kv, load, save
-        self.context = torch.from_numpy(self.token_ids.astype("int64"))
+    def enter(
+        self,
+        kv: Kv,
+        load: LoadTask | None = None,
+        save: SaveTask | None = None,
+        truncations: tuple[Truncation, ...] = (),
+    ) -> None:
+        """Go on from here with `kv`, which is begun; its length is the history. truncations: what is not in it."""
+        self._kv, self.load, self.save, self.truncations = kv, load, save, truncations
+        self.context = torch.from_numpy(self.context_ids(truncations).astype("int64"))
 
     def leave(self) -> None:
         """Let go of the working KV."""
@@ -97,23 +110,44 @@ class Job:
 
     @property
     def token_ids(self) -> TokenArray:
-        """The whole context so far."""
+        """The whole transcript so far, what was dropped of it included."""
         return np.concatenate([self.prompt, np.asarray(self.sampled, dtype=np.uint32)])
 
+    def context_ids(self, truncations: Sequence[Truncation]) -> TokenArray:
+        """What is left of it."""
+        token_ids = self.token_ids
+        return np.concatenate([token_ids[start:end] for start, end in kept_ranges(len(token_ids), truncations)])
+
     @property
-    def kv(self) -> WorkingKv:
+    def computed_tokens(self) -> int:
+        """Tokens of the transcript up to the end of the working KV."""
+        return place_of(self.kv.length, len(self.prompt) + len(self.sampled), self.truncations)
+
+    @property
+    def kv(self) -> Kv:
         assert self._kv is not None, "the job has not entered"
         return self._kv
 
     @property
     def remaining_prompt(self) -> int:
-        return max(0, len(self.context) - self.kv.length)
+        """Tokens to compute next: up to the loaded part of the history, or behind it."""
+        load, length = self.load, self.kv.length
+        if load is not None and length <= load.start < load.end:
+            return load.start - length or len(self.context) - load.end
+        return max(0, len(self.context) - length)
 
     @property
-    def history(self) -> Literal["here", "arriving", "absent"]:
-        if self.load is None or self.load.is_over:
-            return "here"
-        return "arriving" if self.load.has_begun() else "absent"
+    def is_whole(self) -> bool:
+        """All before kv.length is there, in every layer, and nothing of it is still to come."""
+        load = self.load
+        if load is None or load.start == load.end:
+            return load is None or self.kv.length >= load.end
+        return self.kv.length >= load.end and load.ready_layers == self.kv.shape.layers
+
+    @property
+    def is_at_load(self) -> bool:
+        """All before the loaded part of the history is computed, and nothing behind it."""
+        return self.load is not None and self.kv.length == self.load.start < self.load.end
 
 
 @dataclass
@@ -135,14 +169,16 @@ class Engine:
         model: DecoupledModel,
         saver: Saver | None,
         token_budget: int,
-        stretch: float = 2.0,
+        stretch: float = 2.5,
         *,
+        rates: Rates | None = None,
         reclaim: Callable[[], bool] = lambda: False,
         on_relief: Callable[[], None] = lambda: None,
         observe: Callable[[int, int, float], None] = lambda decodes, prefill_tokens, seconds: None,
     ) -> None:
         """stretch: a step may take so many times as long with prompts as without them, while jobs decode.
 
+        rates: where the cost of prefill is noted.
         Called from the engine's thread: reclaim, to let go of a retained context (False: there is none); on_relief,
         when is_short ends; observe, with (decoding jobs, prompt tokens, seconds) of every step.
         """
@@ -156,9 +192,11 @@ class Engine:
         self._on_relief = on_relief
         self._observe = observe
         self._costs = StepCosts()
+        self._rates = rates if rates is not None else Rates()
+        self._rates.prefill = replace(self._rates.prefill, step_tokens=token_budget)
         self._new: deque[Job] = deque()
         self._jobs: list[Job] = []  # in the gateway's order
-        self._leaving: list[weakref.ref[WorkingKv]] = []  # of preempted jobs, until the memory is free
+        self._leaving: list[weakref.ref[Kv]] = []  # of preempted jobs, until the memory is free
         self._patient_until_s = 0.0
         self._worker = Worker("engine", self._work, torch.get_num_threads())
 
@@ -181,7 +219,7 @@ class Engine:
         """The job ends before the next step, silently."""
         job.is_cancelled = True
         if job.load is not None:
-            job.load.is_cancelled = True
+            job.load.cancel()
         self.poke()
 
     def poke(self) -> None:
@@ -202,12 +240,31 @@ class Engine:
         self._note_shortage(False)
         return None
 
+    def _choose(self) -> None:
+        """Load or compute, for the job whose prompt is the next to compute."""
+        job = next((job for job in self._jobs if job.remaining_prompt), None)
+        if job is not None and job.load is not None:
+            job.load.make_due()
+            if job.is_at_load:
+                job.load.choose(self._rates)
+
+    def _history(self, job: Job, tokens: int) -> Literal["here", "arriving", "absent"]:
+        """How much of what the next tokens attend to is there. Here: so much that a step of `tokens` would not wait."""
+        load = job.load
+        if load is None or job.kv.length < load.start or load.has_enough(self._rates, tokens):
+            return "here"
+        return "arriving" if load.has_begun() else "absent"
+
     def _step(self) -> float:
         """Take a step. Returns after how many seconds to take the next one."""
-        views = [self._view(i, job) for i, job in enumerate(self._jobs)]
+        self._choose()
+        decodes = sum(job.remaining_prompt == 0 for job in self._jobs)
+        count = len(self._jobs)
+        beside = self._costs.prefill_beside(decodes, count, self._stretch) if 0 < decodes < count else None
+        views = [
+            self._view(i, job, self._token_budget if beside is None else beside) for i, job in enumerate(self._jobs)
+        ]
         self._note_shortage(any(view.lacks_room for view in views))
-        decodes = sum(view.remaining_prompt == 0 for view in views)
-        beside = self._costs.prefill_beside(decodes, self._stretch) if 0 < decodes < len(views) else None
         plan = plan_step(views, self._token_budget, beside, is_freeing=self.is_short and self._is_freeing())
         jobs = [self._jobs[i] for i in plan.decode]
         prompts = [self._jobs[i] for i, _ in plan.prefill]
@@ -215,8 +272,9 @@ class Engine:
             self._preempt(self._jobs[plan.preempt])
         if not jobs and not prompts:
             return _STALLED_S
-        was_loaded = all(job.history == "here" for job in prompts)
-        started = time.monotonic()
+        if not jobs and views[plan.prefill[0][0]].history == "absent":
+            return _LOOK_AGAIN_S
+        started, waited_before_s = time.monotonic(), _waited_s(prompts)
         last_tokens = torch.tensor([job.sampled[-1] for job in jobs]).split(1) if jobs else ()
         segments = [Segment(job.kv, token) for job, token in zip(jobs, last_tokens, strict=True)]
         segments += [self._prefill_segment(job, tokens) for job, (_, tokens) in zip(prompts, plan.prefill, strict=True)]
@@ -238,7 +296,8 @@ class Engine:
                 job.listener.on_failed(job, error)
             return 0.0
         self._model.commit(segments)
-        self._count(len(plan.decode), plan.prefill_tokens, time.monotonic() - started, was_loaded)
+        seconds = time.monotonic() - started
+        self._count(segments, len(plan.decode), seconds, _waited_s(prompts) - waited_before_s)
         # One search for all: for most jobs it is all that sampling is.
         best = torch.argmax(logits, dim=-1).tolist() if any(job.sampler.is_argmax for job in jobs) else []
         for i, job in enumerate(jobs):
@@ -247,10 +306,10 @@ class Engine:
                 self._try_take_token(job, logits[i], best[i] if job.sampler.is_argmax else None)
         return 0.0
 
-    def _view(self, index: int, job: Job) -> JobView:
+    def _view(self, index: int, job: Job, piece: int) -> JobView:
         remaining = job.remaining_prompt
         if remaining:
-            return JobView(index, remaining, job.history)
+            return JobView(index, remaining, self._history(job, min(remaining, piece)))
         return JobView(index, 0, lacks_room=not self._has_room(job))
 
     def _has_room(self, job: Job) -> bool:
@@ -281,39 +340,46 @@ class Engine:
         self.stats.preemptions += 1
         self._remove(job)
         self._mark_whole(job)
-        if job.load is not None:
-            job.load.is_cancelled = True
         self._leaving.append(weakref.ref(job.kv))
         self._patient_until_s = time.monotonic() + _PREEMPTED_PATIENCE_S
         job.listener.on_preempted(job)
 
-    def _count(self, decodes: int, prefill_tokens: int, seconds: float, was_loaded: bool) -> None:
+    def _count(self, segments: Sequence[Segment], decodes: int, seconds: float, waited_s: float) -> None:
+        """waited_s: of `seconds`, for history."""
         stats = self.stats
+        counts = [(segment.past, len(segment.token_ids)) for segment in segments]
+        tokens = sum(n for _, n in counts)
+        prefill_tokens = tokens - decodes
         stats.steps += 1
         stats.decode_tokens += decodes
         stats.prefill_tokens += prefill_tokens
         if prefill_tokens:
             stats.prefill_s += seconds
-        if was_loaded:  # otherwise the step's time is also the loader's
-            self._costs.observe(decodes, prefill_tokens, seconds)
+            self._rates.prefilled(tokens, sum(pairs(past, n) for past, n in counts), seconds - waited_s)
+        else:
+            self._rates.decoded(seconds)
+        self._costs.observe(decodes, prefill_tokens, seconds - waited_s)
         self._observe(decodes, prefill_tokens, seconds)
 
     def _prefill_segment(self, job: Job, tokens: int) -> Segment:
+        save, load = job.save, job.load
+        if load is not None and job.is_at_load:
+            job.kv.length = load.end  # what is loaded counts from here on; the layers wait for it
         start = job.kv.length
         end = start + tokens
-        save = job.save
-        is_loaded = job.load is None or job.load.ready_layers == job.kv.shape.layers
+        is_behind_load = load is not None and load.start < load.end <= start
+        told_after = save.told_after(start, end) if save is not None and self._saver is not None else ()
 
         def layer_done(layer: int) -> None:
             if save is not None:
                 save.layer_done(layer, end)
-                if self._saver is not None and end // save.chunk_tokens > start // save.chunk_tokens:
-                    self._saver.notify()
+            if self._saver is not None and layer in told_after:
+                self._saver.notify()
 
         return Segment(
             job.kv,
             job.context[start:end],
-            wait_layer=None if is_loaded or job.load is None else job.load.wait_layer,
+            wait_layer=load.wait_layer if load is not None and is_behind_load else None,
             layer_done=layer_done,
         )
 
@@ -368,10 +434,21 @@ class Engine:
             self._remove(job)
             self._mark_whole(job)
             job.listener.on_done(job)
+        elif job.kv.length >= job.window:
+            self._remove(job)
+            self._mark_whole(job)
+            job.listener.on_context_full(job)
 
     def _remove(self, job: Job) -> None:
         self._jobs.remove(job)
+        if job.load is not None:
+            job.load.cancel()  # it is over, or nobody waits for it
 
     def _abandon_save(self, job: Job) -> None:
         if job.save is not None and self._saver is not None:
             self._saver.abandon(job.save)
+
+
+def _waited_s(jobs: Iterable[Job]) -> float:
+    """How long the engine waited for the jobs' histories so far."""
+    return sum(job.load.waited_s for job in jobs if job.load is not None)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from inference.paged_kv import context_pages, page_bytes
 from inference.working_kv import KvShape, context_bytes
 from protocol.errors import ConfigError
 
-_SHARE = 0.5  # of what is free at start: the store, other processes and the computation need some, too
+# Of what is free at start: the store, other processes and the computation need some, too. A device has the last alone.
+_SHARE = {"cpu": 0.5, "cuda": 0.85}
 _CGROUP = Path("/sys/fs/cgroup")
 _UNKNOWN_BYTES = 2 << 30
 
@@ -31,17 +33,29 @@ def free_bytes(device: torch.device) -> int:
 
 
 def working_kv_bytes(
-    asked: int | None, free: int, shape: KvShape, max_context: int, max_running: int, retain: int
+    asked: int | None,
+    free: int,
+    shape: KvShape,
+    max_context: int,
+    max_running: int,
+    retain: int,
+    page_tokens: int | None = None,
 ) -> int:
-    """The bound of working KV: what was asked for, or else half of what is free, if that many can ever be used. Pure.
+    """The bound of working KV: what was asked for, or a share of what is free, if that much can be used. Pure.
+
+    page_tokens: where it lies in pages.
 
     Raises ConfigError: not even one context of max_context tokens fits.
     """
-    one = context_bytes(shape, max_context)
-    found = asked if asked is not None else min(int(free * _SHARE), max_running * one + retain)
+    if page_tokens is None:
+        one = context_bytes(shape, max_context)
+    else:
+        one = context_pages(shape, page_tokens, max_context) * page_bytes(shape, page_tokens)
+    share = _SHARE[shape.device.type]
+    found = asked if asked is not None else min(int(free * share), max_running * one + retain)
     if found < one:
         fitting = max_context * found // one
-        source = "were asked for" if asked is not None else "are half of the free memory"
+        source = "were asked for" if asked is not None else f"are {share:.0%} of the free memory"
         raise ConfigError(
             f"working_kv: a context of {max_context} tokens takes {one} bytes, and {found} {source};"
             f" give more, or lower max_context to about {fitting}",

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from inference.config import InferenceConfig
 from inference.embedded import MODEL
 from inference.selfcheck import CheckedModel, take_over
+from inference.tools import ToolFormat, tool_format
 from inference.vocabulary import Vocabulary
 from protocol.arena import Geometry
 from protocol.errors import ConfigError, UnsupportedModel
@@ -37,6 +38,7 @@ class LoadedModel:
     geometry: Geometry
     namespace: bytes  # ids.model_namespace
     template_digest: bytes
+    tool_format: ToolFormat
 
 
 def load_model(config: InferenceConfig) -> LoadedModel:
@@ -71,7 +73,7 @@ def load_model(config: InferenceConfig) -> LoadedModel:
         raise UnsupportedModel(f"the tokenizer in {directory} has no chat template", param="model")
     model.eval().to(device)
     vocabulary_size = hf_config.get_text_config().vocab_size
-    checked = take_over(model, vocabulary_size, max_context)
+    checked = take_over(model, vocabulary_size, max_context, paged=config.paged or device.type == "cuda")
     eos_ids = _eos_ids(model, tokenizer)
     shape = checked.shape
     itemsize = shape.dtype.itemsize
@@ -93,6 +95,7 @@ def load_model(config: InferenceConfig) -> LoadedModel:
         geometry=geometry,
         namespace=model_namespace(weights_digest(directory), geometry.digest(), dtype_name, CODEC, rope),
         template_digest=digest("template", str(tokenizer.chat_template).encode()),
+        tool_format=tool_format(str(tokenizer.chat_template)),
     )
 
 

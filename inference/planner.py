@@ -16,7 +16,8 @@ class JobView:
 
     job: int
     remaining_prompt: int  # tokens of the prompt still to compute; 0: the job decodes
-    history: Literal["here", "arriving", "absent"] = "here"  # arriving: from layer 0 on; absent: not even that
+    # here: a step need not wait for it; arriving: from layer 0 on; absent: not even that
+    history: Literal["here", "arriving", "absent"] = "here"
     lacks_room: bool = False  # there is no memory for its next token
 
 
@@ -42,9 +43,8 @@ def plan_step(
     decode, so that it does not take much longer than without them (StepCosts); None: as many as the budget holds.
     Long prompts go in pieces of that, short ones share a step.
 
-    A prompt whose history has not begun to arrive lets the next one pass, unless there is nothing else to do: then it
-    is planned, and its first layer waits for the loader. While others decode, it is planned when all of its history is
-    here: they do not wait for it, and it loses nothing, for it is loaded meanwhile.
+    A prompt whose history is still arriving lets the next one pass: nobody waits for another's load, and it loses
+    nothing, for it is loaded meanwhile. If there is nothing else to do, it is computed alone, layer by layer.
 
     Where memory lacks, the last job in order is preempted, unless memory is on its way (is_freeing).
     """
@@ -57,8 +57,10 @@ def plan_step(
     room = token_budget - len(decode)
     if decode and beside_decodes is not None:
         room = min(room, beside_decodes)
-    ready = [view for view in waiting if view.history == "here" or (view.history == "arriving" and not decode)]
-    prefill = _share(ready if ready or decode else waiting[:1], room)
+    ready = [view for view in waiting if view.history == "here"]
+    if not ready and not decode:
+        ready = [view for view in waiting if view.history == "arriving"][:1] or waiting[:1]
+    prefill = _share(ready, room)
     return StepPlan(decode, prefill, preempt)
 
 
@@ -81,6 +83,9 @@ class StepCosts:
     # Of the newest step's prompt tokens: what they cost changes with the size of the piece and what else runs, and
     # pieces that are too large for a while are what clients notice.
     _TOKEN_WEIGHT = 0.5
+    # Of what was known a sample counts for no more: a step that something else held up would be remembered for long,
+    # while a machine that has become slower says so again and again.
+    _MOST = 2.0
     _MIXED_STEPS = 32  # then one without prompts, that what the decoding jobs take alone stays known
 
     def __init__(self) -> None:
@@ -91,7 +96,7 @@ class StepCosts:
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         """A step of so many decoding jobs and prompt tokens took `seconds`."""
         if prefill_tokens == 0:
-            self._decode_s[decodes] = _mix(self._decode_s.get(decodes), seconds, self._WEIGHT)
+            self._decode_s[decodes] = self._mix(self._decode_s.get(decodes), seconds, self._WEIGHT)
             self._mixed_steps = 0
             return
         if decodes:
@@ -99,19 +104,21 @@ class StepCosts:
         alone_s = self._decode_only_s(decodes)
         if alone_s is not None:
             token_s = max(0.0, seconds - alone_s) / prefill_tokens
-            self._prefill_token_s = _mix(self._prefill_token_s, token_s, self._TOKEN_WEIGHT)
+            self._prefill_token_s = self._mix(self._prefill_token_s, token_s, self._TOKEN_WEIGHT)
 
-    def prefill_beside(self, decodes: int, stretch: float) -> int:
-        """Prompt tokens with which a step takes `stretch` times as long as its decoding jobs alone.
+    def prefill_beside(self, decodes: int, jobs: int, stretch: float) -> int:
+        """Prompt tokens for a step in which `decodes` of the `jobs` that are there decode.
 
-        0: this step is to show what they take alone. Otherwise never so few that prompts starve.
+        With them it takes `stretch` times as long as when all of these decode: no token comes much later than it will
+        then, and the first of many that begin together do not hold up the prompts of the rest.
+        0: this step is to show what the decoding jobs take alone. Otherwise never so few that prompts starve.
         """
-        alone_s = self._decode_only_s(decodes)
-        if alone_s is None or self._mixed_steps >= self._MIXED_STEPS:
+        alone_s, all_s = self._decode_only_s(decodes), self._decode_only_s(jobs)
+        if alone_s is None or all_s is None or self._mixed_steps >= self._MIXED_STEPS:
             return 0
         if self._prefill_token_s is None:
             return LEAST_PIECE_TOKENS
-        tokens = (stretch - 1) * alone_s / max(self._prefill_token_s, 1e-9)
+        tokens = (stretch * max(all_s, alone_s) - alone_s) / max(self._prefill_token_s, 1e-9)
         return max(int(tokens), LEAST_PIECE_TOKENS)
 
     def _decode_only_s(self, decodes: int) -> float | None:
@@ -120,12 +127,12 @@ class StepCosts:
             return 0.0
         below = max((known for known in self._decode_s if known <= decodes), default=None)
         above = min((known for known in self._decode_s if known >= decodes), default=None)
-        if below is None or above is None or below == above:
-            nearest = above if below is None else below
-            return None if nearest is None else self._decode_s[nearest]
+        if below is None or below == above:
+            return None if above is None else self._decode_s[above]
+        if above is None:  # another job takes as long as another prompt's token, or longer
+            return self._decode_s[below] + (decodes - below) * (self._prefill_token_s or 0.0)
         low_s, high_s = self._decode_s[below], self._decode_s[above]
         return low_s + (high_s - low_s) * (decodes - below) / (above - below)
 
-
-def _mix(known: float | None, new: float, weight: float) -> float:
-    return new if known is None else known + weight * (new - known)
+    def _mix(self, known: float | None, new: float, weight: float) -> float:
+        return known + weight * (min(new, self._MOST * known) - known) if known else new

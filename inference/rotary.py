@@ -21,6 +21,9 @@ from protocol.errors import UnsupportedModel
 
 ApplyRotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Rows = tuple[torch.Tensor, torch.Tensor]  # of cos and sin
+StepRows = tuple[torch.Tensor, ...]  # those, and what RotaryTable takes instead of them
+# cos and sin [max_context, dim] by which head * cos + (second half | first half) * sin is the head rotated
+HalfTurn = tuple[torch.Tensor, torch.Tensor]
 KeyRotation = Callable[[int, torch.Tensor, torch.Tensor], None]  # layer; key, out: each [n, kv_heads, key_dim]
 _TableRotation = Callable[[torch.Tensor, torch.Tensor], None]  # key, out
 
@@ -125,21 +128,38 @@ class RotaryTable:
         self._dims = cos.shape[1] if dims is None else dims
         half = self._dims // 2
         self._whole_cos = cos if cos.shape[1] == self._dims else cos.repeat(1, 2)
-        self._halves = (-sin[:, :half], sin[:, -half:])
+        self._turning_sin = torch.cat((-sin[:, :half], sin[:, -half:]), 1)
         self._scratch = cos.new_empty(0)
         self._turns_halves = self._is_turning_halves()
 
-    def at(self, positions: torch.Tensor) -> Rows:
+    def at(self, positions: torch.Tensor) -> StepRows:
         """Table rows for `positions`.  # [n] int64 -> each [1, n, width]"""
-        return self._cos[positions].unsqueeze(0), self._sin[positions].unsqueeze(0)
+        tables: StepRows = (self._cos, self._sin)
+        if self._turns_halves:
+            tables += (self._whole_cos, self._turning_sin)
+        return tuple(table[positions].unsqueeze(0) for table in tables)
 
-    def rotate(self, query: torch.Tensor, key: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, rows: StepRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate both.  # query [1, heads, n, head_dim], key [1, kv_heads, n, head_dim]"""
+        if self._turns_halves and self._dims == key.shape[-1] and key.dtype == self._cos.dtype:
+            _, _, cos, sin = rows
+            both = torch.cat((query, key), 1)
+            turned = both.roll(self._dims // 2, -1).mul_(sin.unsqueeze(1))
+            turned_query, turned_key = both.mul_(cos.unsqueeze(1)).add_(turned).split((query.shape[1], key.shape[1]), 1)
+            return turned_query, turned_key
+        return self._rotate_as_model(query, key, (rows[0], rows[1]))
+
+    def _rotate_as_model(self, query: torch.Tensor, key: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         dims = self._dims
         if dims == key.shape[-1]:
             return self._apply(query, key, *rows)
         turned_query, turned_key = self._apply(query[..., :dims], key[..., :dims], *rows)
         return torch.cat((turned_query, query[..., dims:]), -1), torch.cat((turned_key, key[..., dims:]), -1)
+
+    def half_turn(self, shape: KvShape) -> HalfTurn | None:
+        """The whole tables, where that is how heads are rotated; None: partly, or otherwise."""
+        is_so = self._turns_halves and self._dims == shape.key_dim and shape.dtype == self._cos.dtype
+        return (self._whole_cos, self._turning_sin) if is_so else None
 
     def key_rotation(self, start: int, end: int, shape: KvShape) -> _TableRotation:
         """What rotates stored keys to positions start..end-1, to the bit as the model does it.
@@ -157,7 +177,7 @@ class RotaryTable:
 
         def rotate(key: torch.Tensor, out: torch.Tensor) -> None:
             heads_first = key.transpose(0, 1).unsqueeze(0)
-            out.copy_(self.rotate(heads_first[:, :0], heads_first, rows)[1][0].transpose(0, 1))
+            out.copy_(self._rotate_as_model(heads_first[:, :0], heads_first, rows)[1][0].transpose(0, 1))
 
         return rotate
 
@@ -165,7 +185,7 @@ class RotaryTable:
         """What most models do, key * cos + (-second half | first half) * sin, in fewer passes over memory."""
         dims, is_partial = self._dims, self._dims < shape.key_dim
         cos = self._whole_cos[start:end].unsqueeze(1)
-        low_sin, high_sin = (half[start:end].unsqueeze(1) for half in self._halves)
+        low_sin, high_sin = self._turning_sin[start:end].unsqueeze(1).chunk(2, -1)
         turned = self._scratch_for(end - start, shape.kv_heads)
         turned_low, turned_high = turned.chunk(2, -1)
 
@@ -213,16 +233,20 @@ class Rotary:
         self._layers = tuple(layers)
         self._tables = {table for table in layers if table is not None}
 
-    def at(self, positions: torch.Tensor) -> dict[RotaryTable, Rows]:
+    def at(self, positions: torch.Tensor) -> dict[RotaryTable, StepRows]:
         """What `rotate` needs for tokens at `positions`.  # [n] int64"""
         return {table: table.at(positions) for table in self._tables}
 
     def rotate(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: dict[RotaryTable, Rows]
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: dict[RotaryTable, StepRows]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate both as layer `layer` does.  # query [1, heads, n, head_dim], key [1, kv_heads, n, head_dim]"""
         table = self._layers[layer]
         return (query, key) if table is None else table.rotate(query, key, rows[table])
+
+    def half_turn(self, layer: int, shape: KvShape) -> HalfTurn | None:
+        table = self._layers[layer]
+        return None if table is None else table.half_turn(shape)
 
     def key_rotation(self, start: int, end: int, shape: KvShape) -> KeyRotation:
         """What rotates stored keys to positions start..end-1, to the bit as the model does it in that layer.

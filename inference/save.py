@@ -15,28 +15,35 @@ import asyncio
 import contextlib
 import time
 from array import array
-from collections.abc import Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
+from inference.copies import Copies
 from inference.store import Reservation, Store
+from inference.throttle import Throttle
 from inference.worker import Worker
-from inference.working_kv import WorkingKv, as_bytes
+from inference.working_kv import Kv, as_bytes
 from monitoring.logs import get_logger
+from monitoring.traces import NOTHING, Span
 from protocol.errors import CachedAttentionError
 from protocol.ids import ROOT, TokenArray, chunk_id, pack_tokens
+from protocol.lineage import kept_tokens
 from protocol.messages import CommittedChunk, Manifest
 
 log = get_logger(__name__)
 T = TypeVar("T")
 
 _RETRY_S = 0.1
-_GIVE_UP_S = 15.0  # after its turn ended, a context that cannot be saved is let go
+GIVE_UP_S = 15.0  # after its turn ended, a context that cannot be saved is let go
 _SPARE_SLOTS = 2  # reserved ahead, so that a chunk that fills during decode finds its slot at once
 _COMMIT_BYTES = 32 << 20  # a request costs this process and the daemon as much as the copy of some MiB
+_WAKE_BYTES = 4 << 20  # and so does waking the saver beside a computation that has all cores
 
 
 def _nobody(saved: bool) -> None:
@@ -61,6 +68,7 @@ class _Commit:
 
     chunks: list[_Chunk]
     is_last: bool
+    reserve: int  # slots asked for
     accepted: Future[tuple[bool, ...]]
 
 
@@ -72,15 +80,20 @@ class SaveTask:
 
     def __init__(
         self,
-        kv: WorkingKv,
+        kv: Kv,
         namespace: bytes,
         history: TokenArray,
         token_ids: TokenArray | Sequence[int],
         chunk_tokens: int,
+        links: Mapping[int, bytes] = MappingProxyType({}),
     ) -> None:
-        """kv: begun. history: ids of the tokens before the first chunk that is saved anew. token_ids: of all so far."""
+        """kv: begun. history: ids of the tokens before the first chunk that is saved anew. token_ids: of all so far.
+
+        links: of a truncated context, see lineage_of. Tokens and places are here those of the context.
+        """
         self.kv = kv
         self.raw = kv.raw  # a later turn that takes the KV over gives it other raw keys
+        self.hold = kv.hold(len(history))  # on what is not known to be saved
         self.namespace = namespace
         self.chunk_tokens = chunk_tokens
         self.token_ids = array("I", pack_tokens(token_ids))
@@ -91,17 +104,26 @@ class SaveTask:
         self.filled: list[_Chunk] = []
         self.commits: list[_Commit] = []  # not answered yet, oldest first
         self.final: Manifest | None = None  # set when the turn is over, or preempted
+        self.final_tokens = 0  # of the context that it saves
         self.is_preempted = False  # its chunks are saved, and no manifest: the turn goes on from them
         self.final_s = 0.0
         self.is_abandoned = False
         self.on_end: Callable[[bool], None] = _nobody
-        parent = ROOT
+        self._links = links
+        self.span: Span = NOTHING
         for start in range(0, len(history), chunk_tokens):
-            parent = chunk_id(namespace, parent, history[start : start + chunk_tokens])
-            self.chunk_ids.append(parent)
+            self._append_id(history[start : start + chunk_tokens])
 
     def layer_done(self, layer: int, tokens: int) -> None:
         self.computed[layer] = tokens
+
+    def told_after(self, start: int, end: int) -> frozenset[int]:
+        """The layers after which the saver is told, where tokens from `start` to `end` are computed and fill chunks."""
+        layers, filled = self.kv.shape.layers, end // self.chunk_tokens - start // self.chunk_tokens
+        if not filled:
+            return frozenset()
+        at_once = -(-_WAKE_BYTES * layers // (filled * self.chunk_tokens * self.kv.shape.token_bytes))
+        return frozenset((*range(at_once - 1, layers, at_once), layers - 1))
 
     def all_done(self, tokens: int) -> None:
         """Every layer is computed up to `tokens`."""
@@ -116,12 +138,12 @@ class SaveTask:
     @property
     def is_copied(self) -> bool:
         """Whether the turn is over and all of it lies in slots."""
-        return self.final is not None and self.next_start >= self.final.kv_tokens
+        return self.final is not None and self.next_start >= self.final_tokens
 
     @property
     def next_end(self) -> int:
         end = self.next_start + self.chunk_tokens
-        return end if self.final is None else min(end, self.final.kv_tokens)
+        return end if self.final is None else min(end, self.final_tokens)
 
     def ready_layers(self, end: int) -> int:
         """How many layers are computed up to token `end`."""
@@ -129,7 +151,7 @@ class SaveTask:
 
     def fill(self, chunk: _Chunk) -> None:
         """All of `chunk` is in its slot: give it its id, and go on to the next one."""
-        self.chunk_ids.append(chunk_id(self.namespace, self._parent(chunk), self.token_ids[chunk.start : chunk.end]))
+        self._append_id(self.token_ids[chunk.start : chunk.end])
         self.filled.append(chunk)
         self.chunk = None
         self.next_start = chunk.end
@@ -159,6 +181,10 @@ class SaveTask:
         self.commits, self.filled, self.chunk = [], [], None
         return unsaved
 
+    def _append_id(self, token_ids: TokenArray | Sequence[int]) -> None:
+        link = self._links.get(len(self.chunk_ids)) or (self.chunk_ids[-1] if self.chunk_ids else ROOT)
+        self.chunk_ids.append(chunk_id(self.namespace, link, token_ids))
+
     def _parent(self, chunk: _Chunk) -> bytes:
         return self.chunk_ids[chunk.start // self.chunk_tokens - 1] if chunk.start else ROOT
 
@@ -169,14 +195,28 @@ class Saver:
     Requests to the daemon run on the event loop while the thread copies on, and wake it when they are answered.
     """
 
-    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, observe: Callable[[int, float], None]) -> None:
-        """observe: called with (tokens, seconds of copying) for every chunk committed."""
+    def __init__(
+        self,
+        store: Store,
+        loop: asyncio.AbstractEventLoop,
+        observe: Callable[[int, float], None],
+        *,
+        link_bandwidth: int = 0,
+        copies: Copies | None = None,
+    ) -> None:
+        """observe: called with (tokens, seconds of copying) for every chunk committed.
+
+        link_bandwidth: in bytes per second, for measurements; 0: as fast as it goes.
+        """
         self._store = store
+        self._link = Throttle(link_bandwidth)
+        self._copies = Copies() if copies is None else copies
         self._loop = loop
         self._observe = observe
         self._tasks: list[SaveTask] = []
         self._spare: list[Reservation] = []
         self._reserving: Future[list[Reservation]] | None = None
+        self._given: deque[Reservation] = deque()  # with the answers to commits; the event loop appends
         self._retry_s = 0.0  # after a failure the daemon is left alone until then
         self._worker = Worker("saver", self._step_all, torch_threads=1)
 
@@ -207,9 +247,12 @@ class Saver:
 
         on_end: called once from the saver's thread; False: given up.
         """
+        if task not in self._tasks:  # with synchronous saving it begins here
+            self._tasks.append(task)
         task.on_end = on_end
         task.is_preempted = is_preempted
         task.final_s = time.monotonic()
+        task.final_tokens = kept_tokens(manifest.kv_tokens, manifest.truncations)
         task.final = manifest
         self.notify()
 
@@ -230,6 +273,9 @@ class Saver:
             if len(self._spare) > _SPARE_SLOTS:
                 spare, self._spare = self._spare[_SPARE_SLOTS:], self._spare[:_SPARE_SLOTS]
                 self._ask(self._store.unreserve(spare))
+        busy_s = self._link.busy_s(time.monotonic())
+        if busy_s:
+            return busy_s
         is_waiting = any(task.final is not None for task in self._tasks) or time.monotonic() < self._retry_s
         return _RETRY_S if is_waiting else None
 
@@ -244,14 +290,16 @@ class Saver:
         except Exception:
             log.exception("saving failed")
             task.is_abandoned = True
-        gave_up = task.final is not None and time.monotonic() - task.final_s > _GIVE_UP_S
+        gave_up = task.final is not None and time.monotonic() - task.final_s > GIVE_UP_S
         if not saved and not task.is_abandoned and not gave_up:
             return False
         self._give_back(task.rewind())
         if not saved and task.final is not None:
             log.warning("a turn was not saved", tokens=len(task.token_ids) - task.next_start)
         # The callback holds the task: without letting go of it, only the cycle collector would free the memory.
+        task.hold.release()
         on_end, task.on_end = task.on_end, _nobody
+        task.span.end({"saved": saved, "tokens": task.next_start})
         on_end(saved)
         return True
 
@@ -266,6 +314,8 @@ class Saver:
         while True:
             if self._take_answers(task):
                 return True
+            if self._link.busy_s(time.monotonic()):
+                return False
             copied = self._copy_chunk(task)
             if self._is_time_to_commit(task, is_copying=copied):
                 self._commit(task)
@@ -283,18 +333,28 @@ class Saver:
                 return False
             # Its end stays, even if the turn ends before it: layers that were copied have as many tokens.
             chunk = task.chunk = _Chunk(task.next_start, task.next_end, reservation)
-        ready = task.ready_layers(chunk.end)
-        if ready == chunk.layers:
+        ready, from_layer = task.ready_layers(chunk.end), chunk.layers
+        if ready == from_layer:
             return False
         started = time.monotonic()
-        keys = as_bytes(task.raw.span(slice(chunk.layers, ready), chunk.start, chunk.end).cpu())
-        values = as_bytes(task.kv.values[chunk.layers : ready, chunk.start : chunk.end].cpu())
-        with self._store.writing(chunk.reservation) as arena:
-            if arena is None:
-                return False  # found void and begun again in the next step
-            for key, value in zip(keys, values, strict=True):
-                arena.write_layer(chunk.reservation.slot, chunk.layers, key, value)
-                chunk.layers += 1
+        with task.kv.lock:  # nothing is moved meanwhile
+            with self._copies.running():
+                self._copies.follow()
+                # Not waited for, a copy from the device is made into pinned memory.
+                raw_keys = task.raw.span(slice(from_layer, ready), chunk.start, chunk.end).to("cpu", non_blocking=True)
+                new_values = [
+                    part.to("cpu", non_blocking=True)
+                    for part in task.kv.values_of(range(from_layer, ready), chunk.start, chunk.end)
+                ]
+                self._copies.join()
+            keys, values = as_bytes(raw_keys), [row for part in new_values for row in as_bytes(part)]
+            with self._store.writing(chunk.reservation) as arena:
+                if arena is None:
+                    return False  # found void and begun again in the next step
+                for key, value in zip(keys, values, strict=True):
+                    arena.write_layer(chunk.reservation.slot, chunk.layers, key, value)
+                    chunk.layers += 1
+        self._link.transfer((ready - from_layer) * (keys[0].nbytes + values[0].nbytes), started)
         chunk.copied_s += time.monotonic() - started
         if chunk.layers < task.kv.shape.layers:
             return False
@@ -315,6 +375,8 @@ class Saver:
 
     def _take_reserved(self) -> None:
         """Take in the slots that were asked for, if the answer is there. Raises PeerError."""
+        while self._given:
+            self._spare.append(self._given.popleft())
         if self._reserving is None or not self._reserving.done():
             return
         try:
@@ -340,24 +402,29 @@ class Saver:
         return not is_copying or filled_bytes >= _COMMIT_BYTES
 
     def _commit(self, task: SaveTask) -> None:
-        manifest = None
-        if task.final is not None and task.is_copied and not task.is_preempted:
+        # Asked once: the turn may end at any moment, and the last commit is the one with its manifest.
+        is_last, manifest = task.is_copied, None
+        if is_last and task.final is not None and not task.is_preempted:
             manifest = task.saved_manifest(task.final)
         chunks, task.filled = task.filled, []
         for chunk in chunks:
             chunk.was_told = True
-        accepted = self._ask(self._hand_over([task.committed(chunk) for chunk in chunks], manifest))
-        task.commits.append(_Commit(chunks, task.is_copied, accepted))
+        # Slots for what comes next, so that it need not ask.
+        coming = sum(commit.reserve for other in self._tasks for commit in other.commits)
+        reserve = max(0, _SPARE_SLOTS - len(self._spare) - coming) if self._reserving is None else 0
+        committed = [task.committed(chunk) for chunk in chunks]
+        accepted = self._ask(self._hand_over(committed, manifest, reserve, task.span.traceparent))
+        task.commits.append(_Commit(chunks, is_last, reserve, accepted))
 
-    async def _hand_over(self, chunks: list[CommittedChunk], manifest: Manifest | None) -> tuple[bool, ...]:
-        """Tell the daemon of chunks and, right behind them, of the context that they complete. Raises PeerError."""
-        requests: list[Coroutine[Any, Any, Any]] = []
-        if chunks:
-            requests.append(self._store.commit(chunks))
-        if manifest is not None:
-            requests.append(self._store.save_manifest(manifest))
-        answers = await asyncio.gather(*requests)
-        return answers[0] if chunks else ()
+    async def _hand_over(
+        self, chunks: list[CommittedChunk], manifest: Manifest | None, reserve: int, trace: str
+    ) -> tuple[bool, ...]:
+        """Tell the daemon of chunks and of the context that they complete. Raises PeerError."""
+        if not chunks and manifest is None:  # all that a preempted turn had was told of before
+            return ()
+        accepted, slots = await self._store.commit(chunks, manifest, reserve, trace)
+        self._given += slots  # whatever becomes of the task meanwhile
+        return accepted
 
     def _take_answers(self, task: SaveTask) -> bool:
         """See what became of the commits. True: all is saved. Raises PeerError; CachedAttentionError: refused."""
@@ -369,6 +436,7 @@ class Saver:
                     if not was_accepted:
                         raise CachedAttentionError("the store refused a chunk")
                     chunk = task.commits[0].chunks.pop(0)
+                    task.hold.start = chunk.end
                     self._observe(chunk.end - chunk.start, chunk.copied_s)
             except CachedAttentionError:
                 # What became of the rest nobody knows. Copied again, it is there twice for a moment at most.

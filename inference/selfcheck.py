@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from inference.decoupled import DecoupledModel, Segment
+from inference.paged_kv import FLASH_PAGE_TOKENS, Pages
 from inference.probe import detach_rotary
 from inference.rotary import Tabulated
-from inference.working_kv import Buffers, KvShape, WorkingKv
+from inference.working_kv import Buffers, Kv, KvPool, KvShape, new_context
 from protocol.errors import UnsupportedModel
 
 _TOKENS = 48
@@ -38,10 +39,10 @@ class CheckedModel:
     difference: float  # see `_difference`
 
 
-def take_over(model: nn.Module, vocabulary: int, max_context: int) -> CheckedModel:
+def take_over(model: nn.Module, vocabulary: int, max_context: int, *, paged: bool = False) -> CheckedModel:
     """Replace the positions and attention of `model`, prove that it answers as before, and tell its KV's shape.
 
-    `model` comes with the stock eager attention and is ours afterwards.
+    `model` comes with the stock eager attention and is ours afterwards. paged: prove it with working KV in pages.
     Raises UnsupportedModel: no rotary positions, layers without KV or with KV of several shapes, positions that come
     in otherwise, or logits that differ.
     """
@@ -61,7 +62,7 @@ def take_over(model: nn.Module, vocabulary: int, max_context: int) -> CheckedMod
                 stand_in.answer = Tabulated.no_rotation
         ours = DecoupledModel(model, detached.rotary)
         try:
-            found = _our_logits(ours, shape, tokens)
+            found = _our_logits(ours, _pool(shape, paged), tokens)
         except (RuntimeError, TypeError, AttributeError) as error:
             # KV that changes its shape from step to step, or a module that does not call us as others do.
             raise UnsupportedModel(f"{type(model).__name__}: our forward fails on it: {error}") from error
@@ -112,27 +113,33 @@ def _stock_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _our_logits(model: DecoupledModel, shape: KvShape, tokens: torch.Tensor) -> torch.Tensor:
-    kv = WorkingKv(Buffers(shape, 0), len(tokens))
-    kv.begin(0, 0, len(tokens))
+def _pool(shape: KvShape, paged: bool) -> KvPool:
+    if not paged:
+        return Buffers(shape, 0)
+    # Two contexts of a page, with their un-rotated keys.
+    return Pages(shape, FLASH_PAGE_TOKENS, 4 * FLASH_PAGE_TOKENS * shape.token_bytes)
+
+
+def _our_logits(model: DecoupledModel, pool: KvPool, tokens: torch.Tensor) -> torch.Tensor:
+    kv = new_context(pool, len(tokens), 0)
     found = []
     cut = len(tokens) * 3 // 5
     for start, end in itertools.pairwise((0, cut, cut + 1, len(tokens))):
         if end == len(tokens):
-            kv = _through_the_store(model, shape, kv)
+            kv = _through_the_store(model, pool, kv)
         segment = Segment(kv, tokens[start:end])
         found.append(model.forward([segment], all_logits=True))
         model.commit([segment])
     return torch.cat(found)
 
 
-def _through_the_store(model: DecoupledModel, shape: KvShape, source: WorkingKv) -> WorkingKv:
-    target = WorkingKv(Buffers(shape, 0), _TOKENS)
-    target.begin(source.length, 0, _TOKENS)
-    rotate = model.rotary.key_rotation(0, source.length, shape)
+def _through_the_store(model: DecoupledModel, pool: KvPool, source: Kv) -> Kv:
+    shape, length = source.shape, source.length
+    target = new_context(pool, _TOKENS, 0, length)
+    rotate = model.rotary.key_rotation(0, length, shape)
     for layer in range(shape.layers):
-        raw = source.raw.span(layer, 0, source.length)
-        rotate(layer, raw, target.keys[layer, : source.length])
-        target.values[layer, : source.length] = source.values[layer, : source.length]
-        target.raw.span(layer, 0, source.length).copy_(raw)
+        raw = source.raw.span(layer, 0, length)
+        rotate(layer, raw, target.keys_at(layer, 0, length))
+        target.values_at(layer, 0, length).copy_(source.values_at(layer, 0, length))
+        target.raw.span(layer, 0, length).copy_(raw)
     return target

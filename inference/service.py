@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -14,24 +15,47 @@ from typing import Any
 import torch
 
 from inference.admission import Admission
+from inference.attention.decode import prepare
 from inference.config import InferenceConfig
+from inference.copies import copies_for, pin
 from inference.engine import Engine, Job
+from inference.load_or_compute import name_of
 from inference.mailbox import Mailbox
 from inference.memory import free_bytes, working_kv_bytes
 from inference.model import LoadedModel, load_model
-from inference.preload import Loader
-from inference.save import Saver
+from inference.paged_kv import Pages, page_tokens_for
+from inference.preload import Loader, LoadTask
+from inference.rates import Rates
+from inference.save import GIVE_UP_S, Saver
 from inference.share import take_share
 from inference.store import Store
+from inference.text import render, tokenize
+from inference.truncation import Window
 from inference.turn import ManifestCache, Turn
-from inference.working_kv import Buffers, RetentionPool
+from inference.working_kv import Buffers, Kv, KvPool, RetentionPool
+from monitoring import traces
 from monitoring.inference_metrics import InferenceMetrics
 from monitoring.logs import get_logger
 from monitoring.registry import Registry, new_registry
 from monitoring.status_server import Readiness, StatusServer
-from protocol.errors import CapacityError, ConfigError, PeerUnavailable
-from protocol.ids import TokenArray
-from protocol.messages import GetModel, Manifest, ModelInfo, RunTurn, TurnDone, TurnUsage
+from protocol.errors import CapacityError, ConfigError, InvalidRequest, PeerUnavailable
+from protocol.ids import TokenArray, pack_tokens, unpack_tokens
+from protocol.messages import (
+    Detokenize,
+    Detokenized,
+    ForgetTurns,
+    GetModel,
+    GetWorkingKv,
+    Manifest,
+    ModelInfo,
+    RunTurn,
+    Tokenize,
+    Tokenized,
+    TurnDone,
+    TurnsForgotten,
+    TurnUsage,
+    WorkingKv,
+)
 from protocol.rpc import Call, RpcServer
 
 log = get_logger(__name__)
@@ -39,6 +63,7 @@ log = get_logger(__name__)
 _MANIFEST_CACHE_BYTES = 8 * 1024 * 1024  # some two thousand short contexts; the daemon has all of them
 _SPARE_BUFFER_BYTES = 128 * 1024 * 1024
 _STORE_WAIT_S = 5.0  # a start waits this long for the daemon, then serves without it
+_FORGET_S = GIVE_UP_S + 1.0  # for turns that are being saved while they are to be forgotten
 _DRAIN_S = 8.0  # running turns get this long at a stop
 _SAVE_DRAIN_S = 4.0  # and what is not saved yet this long; together below what `up` allows
 
@@ -53,6 +78,8 @@ class InferenceService:
         self.metrics = InferenceMetrics(registry)
         self.manifests = ManifestCache(_MANIFEST_CACHE_BYTES)
         shape = model.checked.shape
+        paged = config.paged or shape.device.type == "cuda"
+        page_tokens = page_tokens_for(config.chunk_tokens) if paged else None
         capacity_bytes = working_kv_bytes(
             config.working_kv_bytes,
             free_bytes(shape.device) // (config.workers if shape.device.type == "cpu" else 1),
@@ -60,20 +87,37 @@ class InferenceService:
             model.max_context,
             config.max_running,
             config.retain_bytes,
+            page_tokens,
         )
-        spare_bytes = config.retain_bytes // 2 + _SPARE_BUFFER_BYTES
-        self.buffers = Buffers(shape, spare_bytes, capacity_bytes, model.max_context)
-        self.retained = RetentionPool(self.buffers, config.retain_bytes, config.chunk_tokens)
+        self.buffers: KvPool
+        if page_tokens is None:
+            spare_bytes = config.retain_bytes // 2 + _SPARE_BUFFER_BYTES
+            self.buffers = Buffers(shape, spare_bytes, capacity_bytes, model.max_context, config.chunk_tokens)
+        else:
+            self.buffers = Pages(shape, page_tokens, capacity_bytes)
+        self.retained = RetentionPool(config.retain_bytes, config.chunk_tokens)
         self.admission = Admission(self.retained.let_go, lambda: self.engine.is_short)
         self.store: Store | None = None
         self.saver: Saver | None = None
+        self.rates = Rates()
+        self._unsaved_bytes = 0  # working KV of turns that are over and not saved: the write buffer
+        self._saved = asyncio.Condition()
+        self.window = Window(model.max_context, config.chunk_tokens, config.truncation_ratio)
+        self._saving: dict[bytes, asyncio.Event] = {}  # by turn key: set when the turn is saved, or given up
         self._turns = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
         self._server = RpcServer(
             config.endpoint,
             "inference",
-            {GetModel: self._get_model, RunTurn: self._run_turn},
+            {
+                GetModel: self._get_model,
+                RunTurn: self._run_turn,
+                Tokenize: self._tokenize,
+                Detokenize: self._detokenize,
+                ForgetTurns: self._forget_turns,
+                GetWorkingKv: self._get_working_kv,
+            },
             curve=config.curve,
         )
         self.loader: Loader
@@ -83,8 +127,9 @@ class InferenceService:
     async def start(self) -> None:
         """Begin to serve. Raises ConfigError: the endpoint is taken."""
         loop = asyncio.get_running_loop()
-        self.mailbox = Mailbox(loop)
+        self.mailbox = Mailbox(loop, self.config.stream_interval_s)
         checked = self.model.checked
+        device = checked.shape.device
         if self.config.reuse:
             self.store = Store(
                 self.config.kvdaemon_endpoint,
@@ -92,12 +137,21 @@ class InferenceService:
                 self.model.geometry,
                 self.model.namespace,
                 self.config.curve,
+                lambda arena: pin(arena, device),
             )
-            self.saver = Saver(self.store, loop, self._chunk_saved)
+            self.saver = Saver(
+                self.store,
+                loop,
+                self._chunk_saved,
+                link_bandwidth=self.config.link_bandwidth,
+                copies=copies_for(device),
+            )
             self.saver.start()
             await self.store.start(_STORE_WAIT_S)
         with ThreadPoolExecutor(1) as starting:
             await loop.run_in_executor(starting, self.buffers.warm, self._warm_tokens())
+            if isinstance(self.buffers, Buffers):
+                await loop.run_in_executor(starting, prepare, self.buffers.shape)
 
         def wake_admission() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -117,12 +171,20 @@ class InferenceService:
             reclaim=self.retained.let_go,
             on_relief=wake_admission,
             observe=self.metrics.observe_step,
+            rates=self.rates,
         )
         # The engine alone computes on several cores. Were there more than those in OpenMP's threads, it would put them
         # to sleep after each product.
         torch.set_num_threads(1)
         self.buffers.on_given = memory_given
-        self.loader = Loader(checked.model.rotary, self.engine.poke)
+        self.loader = Loader(
+            checked.model.rotary,
+            self.engine.poke,
+            rates=self.rates,
+            read_buffer_bytes=self.config.read_buffer_bytes if self.config.preload else 0,
+            link_bandwidth=self.config.link_bandwidth,
+            copies=copies_for(device),
+        )
         self.loader.start()
         self.engine.start()
         saver, store = self.saver, self.store
@@ -133,6 +195,12 @@ class InferenceService:
                 "waiting": lambda: len(self.admission),
                 "working_kv_bytes": lambda: self.buffers.used_bytes,
                 "working_kv_capacity_bytes": lambda: self.buffers.capacity_bytes or 0,
+                "write_buffer_bytes": lambda: self._unsaved_bytes,
+                "dram_bytes_per_s": lambda: self.rates.link["dram"].bytes_per_s,
+                "ssd_bytes_per_s": lambda: self.rates.link["ssd"].bytes_per_s,
+                "prefill_token_s": lambda: self.rates.prefill.token_s,
+                "prefill_step_s": lambda: self.rates.prefill.step_s,
+                "prefill_pair_s": lambda: self.rates.prefill.pair_s,
                 "retained_bytes": lambda: self.retained.used_bytes,
                 "spare_bytes": lambda: self.buffers.spare_bytes,
                 "store_connected": lambda: float(store is not None and store.is_connected),
@@ -179,13 +247,23 @@ class InferenceService:
         kv, save, saver = job.kv, job.save, self.saver
         if save is not None and saver is not None:
             loop = asyncio.get_running_loop()
+            held_bytes = kv.nbytes
             kv.pending_saves += 1
+            self._unsaved_bytes += held_bytes
+            settled = self._saving[manifest.turn_key] = asyncio.Event()
 
             def ended(saved: bool) -> None:
                 loop.call_soon_threadsafe(saved_on_loop, saved)
+                if self.retained.capacity_bytes and not self.engine.running:  # it keeps its memory; another may begin
+                    self.buffers.warm(min(kv.capacity, self._warm_tokens()))
 
             def saved_on_loop(saved: bool) -> None:
                 kv.pending_saves -= 1
+                self._unsaved_bytes -= held_bytes
+                self.spawn(self._tell_saved())
+                settled.set()
+                if self._saving.get(manifest.turn_key) is settled:
+                    del self._saving[manifest.turn_key]
                 self.retained.trim()
                 self.admission.wake()  # it may be let go from now on
                 if not saved:
@@ -195,23 +273,39 @@ class InferenceService:
                 self.manifests.put(save.saved_manifest(manifest))
 
             saver.finish(save, manifest, ended)
-        self.retained.put(namespace, computed, kv)
+        self.retained.put(namespace, computed, kv, manifest.truncations, manifest.turn_key)
+
+    async def wait_saved(self, turn_key: bytes, timeout_s: float) -> None:
+        """Wait until a turn of this process is in the store, given up, or timeout_s have passed."""
+        if (settled := self._saving.get(turn_key)) is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(settled.wait(), timeout_s)
+
+    async def wait_write_buffer(self, job: Job) -> None:
+        """Wait until what finished turns left unsaved fits the write buffer, this turn is saved, or its save given up.
+
+        Without a buffer (`--save sync`) that is until it is saved. No other turn waits for this one meanwhile.
+        """
+        capacity = self.config.write_buffer_bytes if self.config.save == "async" else 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_UP_S + 1.0), self._saved:
+                await self._saved.wait_for(lambda: self._unsaved_bytes <= capacity or not job.kv.pending_saves)
+
+    async def _tell_saved(self) -> None:
+        async with self._saved:
+            self._saved.notify_all()
 
     def record(self, usage: TurnUsage, job: Job) -> None:
         """Metrics and the log line of a finished turn."""
         prefill_s = job.first_token_s - job.admitted_s
         self.metrics.prefill_seconds.observe(prefill_s)
-        stats = self.engine.stats
         hits = usage.hbm + usage.dram + usage.ssd
         load = job.load
-        load_s = 0.0
-        if load is not None and load.ended_s:
-            load_s = load.ended_s - load.started_s
-            self.metrics.load_seconds.labels("ssd" if usage.ssd else "dram").observe(load_s)
-            self.metrics.overlap_ratio.observe(load.overlap_ratio)
-        if hits and stats.prefill_tokens:
-            per_token_s = stats.prefill_s / stats.prefill_tokens
-            self.metrics.prefill_seconds_saved.inc(max(0.0, hits * per_token_s - load_s))
+        load_s = load.busy_s if load is not None else 0.0
+        if load is not None:
+            self._record_load(load, load_s, "ssd" if usage.ssd else "dram")
+        if hits:
+            self.metrics.prefill_seconds_saved.inc(max(0.0, self.rates.prefill.seconds(0, hits) - load_s))
         log.info(
             "turn done",
             prompt=usage.prompt_tokens,
@@ -224,6 +318,19 @@ class InferenceService:
             prefill_ms=round(prefill_s * 1e3, 1),
             load_ms=round(load_s * 1e3, 1),
         )
+
+    def _record_load(self, load: LoadTask, load_s: float, tier: str) -> None:
+        if load.start < load.end:
+            self.metrics.load_seconds.labels(tier).observe(load_s)
+            self.metrics.overlap_ratio.observe(load.overlap_ratio)
+        self.metrics.load_or_compute.labels(name_of(load.start, load.end)).inc()
+        if (choice := load.choice) is not None:
+            for option, seconds in (
+                ("chosen", choice.chosen_s),
+                ("load", choice.load_s),
+                ("compute", choice.compute_s),
+            ):
+                self.metrics.load_or_compute_seconds.labels(option).inc(seconds)
 
     def _chunk_saved(self, tokens: int, seconds: float) -> None:
         self.metrics.save_seconds.observe(seconds)
@@ -241,7 +348,43 @@ class InferenceService:
             reuse=self.config.reuse,
             device=str(shape.device),
             dtype=str(shape.dtype).removeprefix("torch."),
+            tool_format=model.tool_format,
         )
+
+    async def _tokenize(self, call: Call, message: Tokenize) -> Tokenized:
+        tokenizer = self.model.tokenizer
+
+        def work() -> Tokenized:
+            if message.messages:
+                text = render(tokenizer, message.messages, message.tools, message.add_generation_prompt)
+                token_ids = tokenize(tokenizer, text)
+            else:
+                token_ids = tokenize(tokenizer, message.text, message.add_special_tokens)
+            strings = tokenizer.convert_ids_to_tokens(token_ids.tolist()) if message.want_strings else ()
+            return Tokenized(pack_tokens(token_ids), tuple(strings))
+
+        return await asyncio.to_thread(work)
+
+    async def _detokenize(self, call: Call, message: Detokenize) -> Detokenized:
+        token_ids, size = unpack_tokens(message.tokens), self.model.vocabulary.size
+        if len(token_ids) and int(token_ids.max()) >= size:
+            raise InvalidRequest(f"there is no token {token_ids.max()}; the model has {size}", param="tokens")
+        decode = self.model.tokenizer.decode
+        return Detokenized(await asyncio.to_thread(decode, token_ids.tolist(), skip_special_tokens=False))
+
+    async def _forget_turns(self, call: Call, message: ForgetTurns) -> TurnsForgotten:
+        """What is being saved is waited for: its KV would be in the store after it was erased there."""
+        deadline_s = time.monotonic() + _FORGET_S
+        for key in message.turn_keys:
+            await self.wait_saved(key, max(0.0, deadline_s - time.monotonic()))
+            self.manifests.forget(key)
+        contexts = self.retained.forget(frozenset(message.turn_keys))
+        held_bytes, count = sum(kv.nbytes for kv in contexts), len(contexts)
+        await asyncio.to_thread(_wipe, contexts, self.buffers)
+        return TurnsForgotten(count, held_bytes, sum(key in self._saving for key in message.turn_keys))
+
+    def _get_working_kv(self, call: Call, message: GetWorkingKv) -> WorkingKv:
+        return WorkingKv(self.buffers.capacity_bytes or 0, self.buffers.used_bytes, self.retained.used_bytes)
 
     async def _run_turn(self, call: Call, message: RunTurn) -> TurnDone:
         if self._is_stopping:
@@ -249,9 +392,15 @@ class InferenceService:
         if self._turns >= self.config.max_running:
             raise CapacityError(f"{self._turns} turns are running")
         self._turns += 1
+        span = traces.begin("inference", message.trace, call.started_s)
+        error = ""
         try:
-            return await Turn(self, call, message).run()
+            return await Turn(self, call, message, span).run()
+        except BaseException as reason:
+            error = str(reason) or type(reason).__name__
+            raise
         finally:
+            span.end(error=error)
             self._turns -= 1
 
     @staticmethod
@@ -260,6 +409,13 @@ class InferenceService:
             if condition():
                 return
             await asyncio.sleep(0.02)
+
+
+def _wipe(contexts: list[Kv], buffers: KvPool) -> None:
+    """Overwrite contexts that nobody reads any more, and what others have left behind."""
+    while contexts:
+        contexts.pop().wipe()
+    buffers.wipe()
 
 
 def run(config: InferenceConfig) -> int:
@@ -290,6 +446,7 @@ async def _serve(config: InferenceConfig) -> int:
             model = await asyncio.get_running_loop().run_in_executor(starting, load_model, config)
         fresh = InferenceService(config, model, registry)
         await fresh.start()
+        gc.freeze()  # the model and what it brought along stay, too
         service = fresh
         log.info(
             "serving",

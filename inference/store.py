@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monitoring.logs import get_logger
@@ -32,7 +32,6 @@ from protocol.messages import (
     Reserve,
     Reserved,
     ReservedSlot,
-    SaveManifest,
     SlotRef,
     StoreOpened,
     Unreserve,
@@ -47,6 +46,7 @@ _LOOKUP_S = 1.0
 _SAVE_S = 5.0
 _OPEN_S = 120.0  # the daemon may have to format and touch a large arena
 UNAVAILABLE = "daemon_unavailable"
+_RELEASE_S = 0.25  # an ended lease waits so long for a request that takes it along
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,22 @@ class Store:
     """One per process. Coroutines belong to the event loop; `arena`, `session` and `writing` are for any thread."""
 
     def __init__(
-        self, endpoint: str, run_dir: Path, geometry: Geometry, model_namespace: bytes, curve: Curve | None = None
+        self,
+        endpoint: str,
+        run_dir: Path,
+        geometry: Geometry,
+        model_namespace: bytes,
+        curve: Curve | None = None,
+        on_mapped: Callable[[Arena], object] = lambda arena: None,
     ) -> None:
+        """on_mapped: called from some thread with an arena that is to be read and written from now on."""
         self.geometry = geometry
         self.arena: Arena | None = None
         # Counts how often the daemon may have forgotten us: reservations of an earlier session are void.
         self.session = 0
         self._namespace = model_namespace
+        self._on_mapped = on_mapped
+        self._ended: list[bytes] = []  # leases that the daemon was not told of
         self._lock = threading.Lock()
         self._client = RpcClient(
             endpoint, "inference", curve=curve, on_connected=self._open, on_disconnected=self._disconnected
@@ -115,11 +124,11 @@ class Store:
         with self._lock:
             self.session += 1
 
-    @staticmethod
-    def _map(path: Path) -> Arena:
+    def _map(self, path: Path) -> Arena:
         arena = Arena.open(path)
         for _ in arena.populate():
             pass
+        self._on_mapped(arena)
         return arena
 
     def _disconnected(self) -> None:
@@ -127,27 +136,40 @@ class Store:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    async def get_manifest(self, turn_key: bytes, wait_ms: int = 0) -> tuple[Manifest | None, str]:
+    async def get_manifest(self, turn_key: bytes, wait_ms: int = 0, trace: str = "") -> tuple[Manifest | None, str]:
         """The saved context of a turn, or None and the reason. wait_ms: for one that another worker is saving."""
         try:
-            reply = await self._client.request(GetManifest(turn_key, wait_ms), ManifestReply, _LOOKUP_S + wait_ms / 1e3)
+            request = GetManifest(turn_key, wait_ms, trace)
+            reply = await self._client.request(request, ManifestReply, _LOOKUP_S + wait_ms / 1e3)
         except PeerError:
             return None, UNAVAILABLE
         return reply.manifest, reply.reason
 
-    async def acquire(self, request: Acquire) -> tuple[Lease | None, str]:
-        """A lease on the longest available prefix (None where it is empty), and why it is no longer than that."""
+    async def acquire(self, request: Acquire) -> tuple[Lease | None, str, str]:
+        """A lease on the longest available prefix (None where it is empty), and why it is no longer than that: the
+        reason, and more about it in words."""
+        request = replace(request, released=self._take_ended())
         try:
             reply = await self._client.request(request, Acquired, _LOOKUP_S)
         except PeerError:
-            return None, UNAVAILABLE
+            return None, UNAVAILABLE, ""
         if not reply.chunks or self.arena is None:
-            await self.release(reply.lease_id)
-            return None, reply.miss_reason
-        return Lease(reply.lease_id, reply.chunks, self.arena, reply.miss_reason), reply.miss_reason
+            self._ended.append(reply.lease_id)  # of nothing
+            return None, reply.miss_reason, reply.miss_explained
+        lease = Lease(reply.lease_id, reply.chunks, self.arena, reply.miss_reason)
+        return lease, reply.miss_reason, reply.miss_explained
 
     async def release(self, lease_id: bytes) -> None:
-        await self._tell(Release(lease_id))
+        """Give a lease back: with the next request, if one comes in a moment."""
+        self._ended.append(lease_id)
+        await asyncio.sleep(_RELEASE_S)
+        for ended in self._take_ended():
+            await self._tell(Release(ended))
+
+    def _take_ended(self) -> tuple[bytes, ...]:
+        """Leases for a request to give back. Where it fails, they end by time."""
+        ended, self._ended = tuple(self._ended), []
+        return ended
 
     async def quarantine(self, ref: SlotRef) -> None:
         """Report a chunk whose bytes are not what was saved."""
@@ -180,11 +202,14 @@ class Store:
         if slots:
             await self._tell(Unreserve(slots))
 
-    async def commit(self, chunks: list[CommittedChunk]) -> tuple[bool, ...]:
-        """Hand filled slots over. Raises PeerError."""
-        reply = await self._client.request(Commit(tuple(chunks)), Committed, _SAVE_S)
-        return reply.accepted
+    async def commit(
+        self, chunks: list[CommittedChunk], manifest: Manifest | None, reserve: int, trace: str = ""
+    ) -> tuple[tuple[bool, ...], list[Reservation]]:
+        """Hand filled slots over, and the context that they complete; it is saved where all of them are accepted.
 
-    async def save_manifest(self, manifest: Manifest) -> None:
-        """Raises PeerError."""
-        await self._client.request(SaveManifest(manifest), Ack, _SAVE_S)
+        Returns which were, and up to `reserve` empty slots. Raises PeerError.
+        """
+        session = self.session
+        request = Commit(tuple(chunks), trace, manifest, reserve, self._take_ended())
+        reply = await self._client.request(request, Committed, _SAVE_S)
+        return reply.accepted, [Reservation(slot.slot, slot.generation, session) for slot in reply.slots]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +15,36 @@ from tokenizers.decoders import DecodeStream
 from inference.stops import StopStrings
 from protocol.errors import InvalidRequest
 from protocol.ids import TokenArray
-from protocol.messages import ChatMessage, Manifest
+from protocol.messages import ChatMessage, Manifest, Prompt
 
 # A byte sequence that is no UTF-8 can grow by three bytes before it is known to be broken.
 _LONGEST_PENDING_TOKENS = 4
 
 
-def render(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
+def render(tokenizer: Any, messages: Sequence[ChatMessage], tools: str = "", for_answer: bool = True) -> str:
     """The prompt of a conversation by the model's own chat template.
 
+    tools: JSON of what may be called. for_answer: it ends where an answer begins.
     Raises InvalidRequest: the template refuses these messages (an order of roles, say), in its own words.
     """
     try:
         text: str = tokenizer.apply_chat_template(
-            [_template_message(m) for m in messages], tokenize=False, add_generation_prompt=True
+            [_template_message(m) for m in messages],
+            tools=_template_tools(tools),
+            tokenize=False,
+            add_generation_prompt=for_answer,
         )
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
     return text
+
+
+def _template_tools(tools: str) -> list[dict[str, Any]] | None:
+    """As models were trained on them: how strictly a function is to be called is not for their eyes."""
+    found: list[dict[str, Any]] = json.loads(tools) if tools else []
+    for tool in found:
+        tool["function"].pop("strict", None)
+    return found or None
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
@@ -41,13 +55,47 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
         plain["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         plain["tool_calls"] = json.loads(message.tool_calls)
+        for call in plain["tool_calls"]:
+            call["function"]["arguments"] = _as_object(call["function"]["arguments"])
     return plain
 
 
-def tokenize(tokenizer: Any, text: str) -> TokenArray:
+def _as_object(arguments: str) -> Any:
+    """Arguments of a call as templates want them: they render the object themselves. Text that is no JSON stays."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def text_before(tokenizer: Any, text: str, messages: Sequence[ChatMessage], index: int, tools: str = "") -> int:
+    """How many characters of `text`, the rendered `messages`, come before the content of one of them.
+
+    Seen from the outside, whatever the template does: that message is replaced, and what stays the same comes before.
+    """
+    probe = "1" if messages[index].content[:1] == "0" else "0"
+    changed = [*messages[:index], replace(messages[index], content=probe), *messages[index + 1 :]]
+    other = render(tokenizer, changed, tools)
+    return len(os.path.commonprefix([text, other]))  # noqa: RUF071
+
+
+def tokenize(tokenizer: Any, text: str, add_special_tokens: bool = False) -> TokenArray:
     """Token ids of rendered text. Lone surrogates, which no tokenizer can read, become U+FFFD."""
     clean = text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return np.asarray(tokenizer(clean, add_special_tokens=False).input_ids, dtype=np.uint32)
+    return np.asarray(tokenizer(clean, add_special_tokens=add_special_tokens).input_ids, dtype=np.uint32)
+
+
+def raw_prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int) -> TokenArray:
+    """Token ids of a prompt that no template renders. Raises InvalidRequest: empty, or an id that is no token."""
+    if prompt.tokens:
+        token_ids = np.frombuffer(prompt.tokens, dtype="<u4")
+        if int(token_ids.max()) >= vocabulary:
+            raise InvalidRequest(f"there is no token {token_ids.max()}; the model has {vocabulary}", param="prompt")
+    else:
+        token_ids = tokenize(tokenizer, prompt.text, add_special_tokens=True)
+    if not len(token_ids):
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    return token_ids
 
 
 def prompt_tokens(tokenizer: Any, text: str, parent: Manifest | None) -> tuple[TokenArray, bool]:
@@ -55,10 +103,16 @@ def prompt_tokens(tokenizer: Any, text: str, parent: Manifest | None) -> tuple[T
 
     Where the text starts with the parent's, the parent's ids are taken as they are and only the rest is
     tokenized: what was generated never changes by tokenizing it again, also where its bytes are no valid UTF-8.
+    Where only the parent's prompt is the same (its answer was regenerated or edited), so are that prompt's ids, which
+    earlier answers are a part of.
     """
-    if parent is not None and text.startswith(parent.text):
-        saved = np.frombuffer(parent.token_ids, dtype="<u4")
+    if parent is None:
+        return tokenize(tokenizer, text), False
+    saved, asked = np.frombuffer(parent.token_ids, dtype="<u4"), parent.prompt_chars
+    if text.startswith(parent.text):
         return np.concatenate([saved, tokenize(tokenizer, text[len(parent.text) :])]), True
+    if text.startswith(parent.text[:asked]):
+        return np.concatenate([saved[: parent.prompt_tokens], tokenize(tokenizer, text[asked:])]), False
     return tokenize(tokenizer, text), False
 
 
@@ -169,6 +223,6 @@ class AnswerText:
 _TOOL_CALLS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<|tool_calls_section_begin|>")
 
 
-def calls_tool(answer: str) -> bool:
+def calls_tool(answer: str, has_tools: bool = False) -> bool:
     """Whether a tool speaks next, and not a person, as far as the answer shows."""
-    return any(mark in answer for mark in _TOOL_CALLS)
+    return any(mark in answer for mark in _TOOL_CALLS) or (has_tools and answer.lstrip().startswith("{"))

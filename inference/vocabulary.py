@@ -49,6 +49,11 @@ class Vocabulary:
                     raise ValueError(self._unreadable) from error
             return self._trie
 
+    def token_of(self, mark: str) -> int | None:
+        """The token that the tokenizer has for `mark` alone, if it has one that is text to it."""
+        token = self._tokenizer.get_added_vocab().get(mark)
+        return None if token is None or token in self._special else int(token)
+
     def name_of(self, token: int) -> str:
         """How the tokenizer writes `token`; empty where there is none."""
         return self._tokenizer.convert_ids_to_tokens(token) or ""

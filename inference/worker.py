@@ -14,8 +14,7 @@ class Worker:
     def __init__(self, name: str, step: Callable[[], float | None], torch_threads: int) -> None:
         """step: does what there is to do. Returns after how many seconds to look again, None: when notified.
 
-        torch_threads: how many threads torch's operators use in this one. OpenMP keeps the number per thread, and a
-        new thread inherits the last one set.
+        torch_threads: how many threads torch's operators use in this one. OpenMP keeps the number per thread.
         """
         self._step = step
         self._torch_threads = torch_threads
@@ -36,6 +35,8 @@ class Worker:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        # A thread's first use of torch takes the number that was set last, in whatever thread: to be had behind us.
+        torch.get_num_threads()
         torch.set_num_threads(self._torch_threads)
         # Steps are frames of their own: no name of this loop keeps a finished job's memory from the next job.
         pause_s: float | None = None

@@ -81,7 +81,7 @@ class Player:
         conversation.messages += conversation.script.turns[conversation.next_turn]
         conversation.next_turn += 1
         try:
-            return self.stack.chat(conversation.messages, max_tokens=self._max_tokens)
+            return self.stack.chat(conversation.messages, max_tokens=self._max_tokens, truncation="disabled")
         except httpx.HTTPStatusError as error:
             refusal = error.response
         # The script is longer than the model's context: the conversation is cut there.

@@ -65,7 +65,9 @@ def two_turns(stack: Stack, reference: Reference, chunks: int) -> dict[str, Any]
 
 def test_a_damaged_chunk_comes_from_ssd(model: Path, reference: Reference) -> None:
     """With --verify always, a flipped bit in DRAM is noticed, the chunk dropped, and its copy on SSD read."""
-    with running_stack(model, dtype="float32", retain=0, dram="64MiB", ssd="1GiB", verify="always") as stack:
+    with running_stack(
+        model, dtype="float32", retain=0, dram="64MiB", ssd="1GiB", verify="always", load_or_compute="load"
+    ) as stack:
         account = two_turns(stack, reference, chunks=1)["cachedattention"]
         assert account["missed"] == {}
         assert account["ssd"] >= 256
@@ -74,13 +76,15 @@ def test_a_damaged_chunk_comes_from_ssd(model: Path, reference: Reference) -> No
 
 def test_damage_without_a_second_copy_is_recomputed(model: Path, reference: Reference) -> None:
     """No SSD tier: the history is computed again, and the account says why."""
-    with running_stack(model, dtype="float32", retain=0, dram="64MiB", ssd=0, verify="always") as stack:
+    with running_stack(
+        model, dtype="float32", retain=0, dram="64MiB", ssd=0, verify="always", load_or_compute="load"
+    ) as stack:
         account = two_turns(stack, reference, chunks=9)["cachedattention"]
         assert account["missed"].get("corrupt", 0) > 256
 
 
 def test_bfloat16_serves_and_reuses(model: Path) -> None:
-    with running_stack(model, dtype="bfloat16", retain=0, dram="64MiB", ssd="1GiB") as stack:
+    with running_stack(model, dtype="bfloat16", retain=0, dram="64MiB", ssd="1GiB", load_or_compute="load") as stack:
         messages = [{"role": "user", "content": _LONG}]
         first = stack.chat(messages, max_tokens=8)
         saved(stack)

@@ -18,7 +18,14 @@ def test_preempted_turns_come_back_from_the_store(tmp_path: Path) -> None:
     reference = Reference(model)
     excused = 0
     with running_stack(
-        model, dtype="float32", working_kv="2300KB", retain=0, chunk_tokens=32, dram="64MiB", ssd=0
+        model,
+        dtype="float32",
+        working_kv="2300KB",
+        retain=0,
+        chunk_tokens=32,
+        dram="64MiB",
+        ssd=0,
+        load_or_compute="load",
     ) as stack:
         conversations = [[{"role": "user", "content": f"{i} " * 120}] for i in range(_TURNS)]
 

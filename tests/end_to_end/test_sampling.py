@@ -19,7 +19,9 @@ DRAWN: dict[str, Any] = {"temperature": 1.2, "top_p": 0.98, "frequency_penalty":
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with running_stack("embedded", dtype="float32", retain=0, dram="64MiB", ssd="1GiB") as running:
+    with running_stack(
+        "embedded", dtype="float32", retain=0, dram="64MiB", ssd="1GiB", load_or_compute="load"
+    ) as running:
         yield running
 
 

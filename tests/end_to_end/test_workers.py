@@ -37,7 +37,7 @@ def reference(model: Path) -> Reference:
 
 @contextmanager
 def two_workers(model: Path, **settings: Any) -> Iterator[Stack]:
-    places = {"dram": "64MiB", "ssd": "256MiB", **settings}
+    places = {"dram": "64MiB", "ssd": "256MiB", "load_or_compute": "load", **settings}
     with running_stack(model, dtype="float32", workers=2, **places) as stack:
         stack.wait_metric("gateway", "cachedattention_inference_connected", 2.0)
         yield stack
@@ -153,35 +153,43 @@ def test_the_same_turn_at_the_same_time_on_both(narrow: Stack, reference: Refere
     assert verified.returncode == 0, verified.stdout
 
 
-def test_a_stream_outlives_its_worker(model: Path, reference: Reference) -> None:
-    """kill -9 in mid-answer: it goes on at the other worker, equal to an undisturbed one, its history from DRAM."""
-    with two_workers(model) as stack:
+@pytest.mark.parametrize(("window", "died_at"), [(1536, 20), (512, 100)], ids=["fits", "truncated"])
+def test_a_stream_outlives_its_worker(model: Path, reference: Reference, window: int, died_at: int) -> None:
+    """kill -9 in mid-answer: it goes on at the other worker, equal to an undisturbed one, its history from DRAM.
+
+    Also where the answer had filled the window, and lost the oldest part of its context: so does the second attempt.
+    """
+    with two_workers(model, max_context=window) as stack:
         messages: Messages = [{"role": "user", "content": "Tell me a story about the sea. " * 12}]
         first = stack.chat(messages, **endless(40))
         wait_saved(stack)
         question = say(messages, first, "Go on.")
-        undisturbed = stack.chat(question, **endless(200))
 
-        streamed = Streamed(stack, question, **endless(200))
+        streamed = Streamed(stack, question, **endless(300))
         killed = ""
         for sampled in streamed:
-            if not killed and len(sampled) >= 20:
+            if not killed and len(sampled) >= died_at:
                 jobs = {name: stack.metrics(name)["cachedattention_engine_running_jobs"] for name in stack.workers}
                 (killed,) = [name for name, running in jobs.items() if running == 1.0]
                 stack.kill(killed)
         assert killed
+        account = streamed.usage["cachedattention"]
+        assert account["dram"] >= left_behind(first) - account["dropped"]
+        assert (account["hbm"], account["missed"]) == (0, {})
+        assert (account["dropped"] > 0) == (window == 512)
+        assert stack.metrics("gateway")["cachedattention_turn_retries_total"] == 1.0
+        undisturbed = stack.chat(question, **endless(300))
         assert streamed.tokens == undisturbed["choices"][0]["token_ids"]
         assert streamed.text == undisturbed["choices"][0]["message"]["content"]
-        account = streamed.usage["cachedattention"]
-        assert account["dram"] >= left_behind(first)
-        assert (account["hbm"], account["missed"]) == (0, {})
-        assert stack.metrics("gateway")["cachedattention_turn_retries_total"] == 1.0
+        assert account["kept"] == undisturbed["usage"]["cachedattention"]["kept"]
 
         # The one that is left goes on alone, and the next one that starts takes its part.
         answer = {"choices": [{"message": {"role": "assistant", "content": streamed.text}}]}
         last = stack.chat(say(question, answer, "Thank you."), max_tokens=12)
-        assert last["usage"]["cachedattention"]["hbm"] >= streamed.usage["total_tokens"] - 1
-        reference.check(last["prompt_token_ids"], last["choices"][0]["token_ids"])
+        left = streamed.usage["total_tokens"] - 1 - account["dropped"]
+        assert last["usage"]["cachedattention"]["hbm"] >= left
+        if not account["dropped"]:
+            reference.check(last["prompt_token_ids"], last["choices"][0]["token_ids"])
         stack.start(killed)
         stack.wait_metric("gateway", "cachedattention_inference_connected", 2.0)
 
@@ -243,7 +251,7 @@ def test_a_rolling_restart_is_noticed_by_nobody(model: Path, reference: Referenc
 def test_a_turn_that_moves_at_once_waits_for_the_save(
     model: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_ms: int
 ) -> None:
-    """Both workers in this process, the first one's manifest held back until the second one has asked for it.
+    """Both workers in this process, the first one's context held back until the second one has asked for it.
 
     One that is not told to wait computes the history again and says why.
     """
@@ -254,17 +262,17 @@ def test_a_turn_that_moves_at_once_waits_for_the_save(
             assert one.store is not None
             assert two.store is not None
             asked, may_save = asyncio.Event(), asyncio.Event()
-            save, get = one.store.save_manifest, two.store.get_manifest
+            commit, get = one.store.commit, two.store.get_manifest
 
-            async def save_later(manifest: Manifest) -> None:
+            async def commit_later(*arguments: Any) -> Any:
                 await may_save.wait()
-                await save(manifest)
+                return await commit(*arguments)
 
             async def get_and_tell(*arguments: Any) -> tuple[Manifest | None, str]:
                 asked.set()
                 return await get(*arguments)
 
-            monkeypatch.setattr(one.store, "save_manifest", save_later)
+            monkeypatch.setattr(one.store, "commit", commit_later)
             monkeypatch.setattr(two.store, "get_manifest", get_and_tell)
             conversation = Conversation(client, one.model)
             first = await conversation.say("Tell me of the sea. " * 8)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from inference.decoupled import Segment
 from inference.model import load_model
+from inference.paged_kv import Pages
 from inference.preload import LoadTask, cut
 from inference.selfcheck import CheckedModel, take_over
-from inference.working_kv import Buffers, WorkingKv, as_bytes
+from inference.working_kv import Buffers, KvPool, WorkingKv, as_bytes, new_context
 from protocol.arena import Arena, Geometry, SlotState
 from protocol.errors import ConfigError, UnsupportedModel
 from protocol.messages import SlotRef
@@ -79,9 +80,9 @@ def test_stored_keys_come_back_to_the_bit(golden: Golden) -> None:
     model.commit(segment)
     rotate = model.rotary.key_rotation(64, _TOKENS, shape)
     for layer in range(shape.layers):
-        out = torch.empty_like(kv.keys[layer, 64:_TOKENS])
+        out = torch.empty_like(kv.keys_at(layer, 64, _TOKENS))
         rotate(layer, kv.raw.span(layer, 64, _TOKENS), out)
-        assert torch.equal(out, kv.keys[layer, 64:_TOKENS])
+        assert torch.equal(out, kv.keys_at(layer, 64, _TOKENS))
 
 
 _WINDOWED = ("mistral", "gemma2", "gemma3", "gpt_oss", "exaone4")
@@ -104,21 +105,21 @@ def test_history_beyond_the_windows_is_not_missed(tmp_path: Path, family: str) -
     for slot, start in enumerate(range(0, history, chunk)):
         generation, name = arena.take(slot, SlotState.LOADING, bytes(16)), bytes([slot + 1]) * 16
         arena.set_identity(slot, name, bytes(16), bytes(16), chunk)
-        keys, values = (
-            as_bytes(part[:, start : start + chunk].contiguous()) for part in (source.raw.keys, source.values)
-        )
+        span = (start, start + chunk)
         for layer in range(shape.layers):
-            arena.write_layer(slot, layer, keys[layer], values[layer])
+            key, value = source.raw.span(layer, *span), source.values_at(layer, *span)
+            arena.write_layer(slot, layer, *(as_bytes(part.unsqueeze(0))[0] for part in (key, value)))
         refs.append(SlotRef(slot, generation, name, chunk, "dram"))
 
     kv = WorkingKv(Buffers(shape, 0), _TOKENS)
     kv.begin(history, history, _TOKENS)
-    kv.keys.fill_(torch.nan)
-    kv.values.fill_(torch.nan)
+    for layer in range(shape.layers):
+        kv.keys_at(layer, 0, _TOKENS).fill_(torch.nan)
+        kv.values_at(layer, 0, _TOKENS).fill_(torch.nan)
     loaded = 0
     for piece in cut(LoadTask(kv, arena, refs, 0.0, lambda: None), model.rotary):
         for layer in range(shape.layers):
-            if piece.is_seen[layer]:
+            if piece.span.is_seen[layer]:
                 piece.load(layer)
                 loaded += piece.layer_bytes
     # Windows are 160 or 192 tokens: of 288, the last 160 or 192 and what fills up the first chunk.
@@ -129,13 +130,14 @@ def test_history_beyond_the_windows_is_not_missed(tmp_path: Path, family: str) -
     torch.testing.assert_close(logits, golden.logits[history:], atol=2e-4, rtol=2e-4)
 
 
-def test_jobs_in_one_step_do_not_see_each_other(golden: Golden) -> None:
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_jobs_in_one_step_do_not_see_each_other(golden: Golden, paged: bool) -> None:
     """Three jobs at different places of the same row, in one flat step."""
     shape, model = golden.checked.shape, golden.checked.model
+    pool: KvPool = Pages(shape, 64, 3000 * shape.token_bytes) if paged else Buffers(shape, 0)
     jobs = []
     for past in (0, 70, 250):
-        kv = WorkingKv(Buffers(shape, 0), _TOKENS)
-        kv.begin(0, 0, _TOKENS)
+        kv = new_context(pool, _TOKENS, 0)
         if past:
             first = [Segment(kv, golden.row[:past])]
             model.forward(first)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -204,6 +204,7 @@ def config_for(model: Path | str, run_dir: Path, **overrides: Any) -> InferenceC
         "kvdaemon_endpoint": f"ipc://{run_dir}/kvdaemon.sock",
         "dtype": "float32",
         "metrics_port": 0,
+        "stream_interval_s": 0.0,  # many small deltas, which tests break off at
         **overrides,
     }
     return InferenceConfig(**values)
@@ -234,6 +235,11 @@ class Conversation:
             parent_tokens=self._parent_tokens,
             return_prompt_tokens=True,
         )
+
+    def say_first(self, role: Literal["system", "user"], text: str) -> None:
+        """A message before the first turn's own."""
+        self._key = ids.turn_key(self._key, ids.Message(role, text))
+        self.messages.append(ChatMessage(role, text))
 
     def accept(self, done: TurnDone) -> None:
         self.messages.append(ChatMessage("assistant", done.text))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import inference.service
 from inference.memory import working_kv_bytes
+from inference.paged_kv import Pages
 from inference.service import InferenceService
 from inference.working_kv import context_bytes
 from protocol import ids
@@ -20,8 +20,6 @@ from protocol.errors import ConfigError
 from protocol.messages import RunTurn, TurnDelta
 from protocol.rpc import RpcClient
 from tests.inference.harness import Conversation, Reference, config_for, make_model, run, service, stream, tokens
-
-Test = Callable[[InferenceService, RpcClient], Awaitable[None]]
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(model: Path) -> Reference:
     return Reference(model)
-
-
-@pytest.fixture
-def serve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run an async test against a service of its own, without a store."""
-    monkeypatch.setattr(inference.service, "_STORE_WAIT_S", 0.0)
-    monkeypatch.setattr(inference.service, "_DRAIN_S", 1.0)
-
-    def serve(test: Test, **overrides: Any) -> None:
-        async def main() -> None:
-            async with service(config_for(model, tmp_path / "run", **overrides)) as (running, client):
-                await test(running, client)
-
-        run(main(), 300)
-
-    return serve
 
 
 def mix(running: InferenceService, seed: int, count: int) -> list[RunTurn]:
@@ -127,6 +109,30 @@ def test_answers_do_not_depend_on_who_else_is_there(serve: Any, reference: Refer
     assert excused <= 1
 
 
+def test_answers_from_pages_do_not_depend_on_who_else_is_there(serve: Any, reference: Reference) -> None:
+    """The same in pages, hardly more than one context has: who is preempted answers as alone, and as transformers."""
+    excused = 0
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        nonlocal excused
+        assert isinstance(running.buffers, Pages)
+        turns = [
+            Conversation(client, running.model).request(f"{name * 90}?", max_tokens=330 if name < "d" else 40)
+            for name in "abcdef"
+        ]
+        crowd = await play(client, turns, 2)
+        assert running.engine.stats.preemptions > 0
+        await eventually(lambda: running.buffers.used_bytes == 0)
+        for turn, sampled in zip(turns, crowd, strict=True):
+            done, _ = await stream(client, dataclasses.replace(turn, job_id=ids.new_id(), tenant_salt=ids.new_id()))
+            assert tokens(done.tokens) == sampled
+            excused += reference.check(tokens(done.prompt_tokens), sampled)
+
+    page_bytes = 256 * 3 * 2 * 2 * 32 * 4
+    serve(test, step_tokens=96, retain_bytes=0, reuse=False, paged=True, working_kv_bytes=6 * page_bytes)
+    assert excused <= 1
+
+
 def test_the_last_in_order_gives_way(serve: Any) -> None:
     """Two long answers that do not fit together: the one that is earlier in order never stops."""
 
@@ -194,5 +200,5 @@ def test_working_kv_is_half_of_what_is_free_unless_less_is_enough() -> None:
     assert working_kv_bytes(None, 10 * one, SHAPE, 1000, 8, 0) == 5 * one
     assert working_kv_bytes(None, 100 * one, SHAPE, 1000, 8, one) == 9 * one
     assert working_kv_bytes(one, 0, SHAPE, 1000, 8, 0) == one
-    with pytest.raises(ConfigError, match="half of the free memory; give more, or lower max_context to about 500"):
+    with pytest.raises(ConfigError, match="50% of the free memory; give more, or lower max_context to about 500"):
         working_kv_bytes(None, one, SHAPE, 1000, 8, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,28 @@ def test_parts_add_up(prompt: int, chunks: list[tuple[int, str]], known: int, re
     assert min(parts) >= 0
 
 
+@given(
+    st.integers(40, 500),
+    st.lists(st.sampled_from(["dram", "ssd"]), min_size=1, max_size=20),
+    st.integers(0, 20),
+    st.integers(0, 600),
+)
+def test_what_was_computed_instead_of_loaded_has_its_reason(
+    prompt: int, tiers: list[str], computed_chunks: int, known: int
+) -> None:
+    """The computed front is no hit; what of it was known is missed for that reason, and the rest for its own."""
+    refs = [SlotRef(i, 1, bytes(16), CHUNK, tier) for i, tier in enumerate(tiers)]  # type: ignore[arg-type]
+    stored = account_chunks(refs, prompt)
+    computed = min(computed_chunks * CHUNK, stored.tokens)
+    history = account_chunks(refs, prompt, computed)
+    assert history.tokens == history.dram + history.ssd == stored.tokens - computed
+    usage = account(prompt, 1, history, Known(min(known, prompt - 1)), "evicted", computed)
+    cheaper = usage.missed.get("computing_was_cheaper", 0)
+    assert history.tokens + usage.computed + sum(usage.missed.values()) == prompt
+    assert cheaper == min(computed, max(0, min(known, prompt - 1) - history.tokens))
+    assert usage.missed.get("evicted", 0) == max(0, min(known, prompt - 1) - max(stored.tokens, history.tokens))
+
+
 def test_a_continued_context_asks_for_its_partial_chunk() -> None:
     context = np.arange(40, dtype=np.uint32)
     parent = manifest(context, 39)
@@ -45,10 +68,45 @@ def test_a_continued_context_asks_for_its_partial_chunk() -> None:
     assert wanted.partial_id == parent.chunk_ids[2]
 
 
-def test_no_partial_chunk_of_a_changed_context() -> None:
-    context = np.arange(40, dtype=np.uint32)
-    wanted = wanted_chunks(NAMESPACE, context, manifest(context, 39), False, CHUNK)
-    assert wanted.partial_id is None
+@pytest.mark.parametrize("changed", [0, 16, 35])
+def test_a_changed_context_asks_for_the_chunk_in_which_it_leaves_the_other(changed: int) -> None:
+    """KV of a chunk's first tokens is as good in a branch: all before the change is reused, not whole chunks only."""
+    context = np.arange(60, dtype=np.uint32)
+    parent = manifest(context, 59)
+    prompt = context.copy()
+    prompt[changed:] += 1000
+    wanted = wanted_chunks(NAMESPACE, prompt, parent, False, CHUNK)
+    held = [SlotRef(i, 1, parent.chunk_ids[i], CHUNK, "dram") for i in range(changed // CHUNK)]
+    if changed % CHUNK:
+        assert (wanted.partial_id, wanted.partial_index) == (parent.chunk_ids[2], 2)
+        held.append(SlotRef(2, 1, parent.chunk_ids[2], CHUNK, "dram"))
+    else:
+        assert wanted.partial_id is None
+    assert wanted.reach(held) == changed
+    assert account_chunks(held, wanted.reach(held) + 1).tokens == changed
+
+
+def test_the_same_question_again_shares_all_but_its_last_token() -> None:
+    context = np.arange(60, dtype=np.uint32)
+    wanted = wanted_chunks(NAMESPACE, context[:40], manifest(context, 59), False, CHUNK)
+    assert (wanted.partial_index, wanted.partial_tokens) == (2, 7)
+
+
+def test_a_changed_context_is_told_where() -> None:
+    """Of a branch only what it may share is known; of a parent all that it left behind."""
+    context = np.arange(60, dtype=np.uint32)
+    prompt = np.concatenate([context[:35], np.arange(100, 200, dtype=np.uint32)])
+    known = known_history(prompt, manifest(context, 59), False, 59, "")
+    assert known == Known(59, "text_changed", "first difference at token 35")
+    assert known_history(prompt, manifest(context, 59), False, 30, "") == Known(30)
+    usage = account(len(prompt), 1, History(32, dram=32), known, "evicted", explained={"corrupt": "not this"})
+    assert usage.missed == {"text_changed": 27}
+    assert usage.explained == {"text_changed": "first difference at token 35"}
+
+
+def test_a_reason_that_the_gateway_knows_is_told() -> None:
+    known = known_history(np.arange(100, dtype=np.uint32), None, False, 80, "model_changed")
+    assert account(100, 1, History(), known, "").missed == {"model_changed": 80}
 
 
 def test_last_token_is_never_history() -> None:

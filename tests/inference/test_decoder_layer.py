@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from inference.decoder_layer import DecoderLayer
+from inference.decoder_layer import DecoderLayer, RmsNorm
 from inference.decoupled import Segment
 from inference.linear import multiplies
 from inference.selfcheck import CheckedModel, take_over
@@ -106,3 +107,24 @@ def test_layers_that_treat_late_tokens_differently_are_left_alone() -> None:
         layer.self_attn.__class__ = Growing
     take_over(model, 300, 512)
     assert not any(isinstance(layer, DecoderLayer) for layer in model.model.layers)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "length"), [(1, 768), (7, 48), (64, 128), (65, 128), (3, 40)])
+def test_norms_are_those_of_the_model(rows: int, length: int, dtype: torch.dtype) -> None:
+    """Of few rows and of many, of lengths that the kernel takes and that it does not; NaN stays in its row."""
+    torch.manual_seed(length)
+    norm = LlamaRMSNorm(length, eps=1e-5).to(dtype)
+    norm.weight.normal_()
+    x = (torch.randn(1, rows, length) * torch.logspace(-4, 4, rows).view(-1, 1)).to(dtype)
+    expected, found = norm(x).float(), RmsNorm(norm)(x)
+    assert found.dtype == dtype
+    # The mean may differ in its last bit, which a rounding to bfloat16 then shows as one of its own.
+    torch.testing.assert_close(found.float(), expected, rtol=1e-6 if dtype == torch.float32 else 1 / 127, atol=0)
+    if dtype == torch.bfloat16:
+        assert (found.float() == expected).float().mean() > 0.995
+    x[0, 0, 5] = torch.nan
+    found = RmsNorm(norm)(x)
+    assert found[0, 0].isnan().all()
+    assert found[0, 1:].isfinite().all()

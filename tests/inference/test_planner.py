@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 
 from inference.planner import LEAST_PIECE_TOKENS, JobView, StepCosts, StepPlan, plan_step
 
+HISTORIES = ("here", "arriving", "absent")
+
 
 @st.composite
 def views(draw: st.DrawFn) -> list[JobView]:
     jobs = []
     for i in range(draw(st.integers(0, 12))):
         remaining = draw(st.one_of(st.just(0), st.integers(1, 40), st.integers(1, 2000)))
-        history = draw(st.sampled_from(["here", "arriving", "absent"])) if remaining else "here"
+        history = draw(st.sampled_from(HISTORIES)) if remaining else "here"
         jobs.append(JobView(i, remaining, history, lacks_room=not remaining and draw(st.integers(0, 5)) == 0))
     return jobs
 
@@ -35,8 +37,13 @@ def test_a_plan_keeps_to_its_bounds(jobs: list[JobView], budget: int, beside: in
         assert 0 < tokens <= by_id[job].remaining_prompt
         assert not plan.decode or by_id[job].history == "here"
     # In order: of all that could go, the first ones, each to its end before the next begins.
-    ready = [i for i in staying if by_id[i].remaining_prompt and (by_id[i].history == "here" or not plan.decode)]
-    could_go = [i for i in ready if by_id[i].history != "absent"] or ([] if plan.decode else ready[:1])
+    waiting = {
+        history: [i for i in staying if by_id[i].remaining_prompt and by_id[i].history == history]
+        for history in HISTORIES
+    }
+    could_go = waiting["here"]
+    if not could_go and not plan.decode:  # one alone is waited for
+        could_go = waiting["arriving"][:1] or waiting["absent"][:1]
     chosen = [job for job, _ in plan.prefill]
     assert chosen == could_go[: len(chosen)]
     assert all(tokens == by_id[job].remaining_prompt for job, tokens in plan.prefill[:-1])
@@ -85,6 +92,9 @@ def test_waits_for_a_load_only_when_nothing_else_is_to_do() -> None:
     assert plan_step([JobView(0, 10, "absent"), JobView(1, 0)], 512) == StepPlan((1,))
     # Layer by layer under the loading, but not while others decode: they would wait for every layer of it.
     assert plan_step([JobView(0, 10, "arriving")], 512) == StepPlan((), ((0, 10),))
+    assert plan_step(
+        [JobView(0, 10, "absent"), JobView(1, 10, "arriving"), JobView(2, 10, "arriving")], 512
+    ) == StepPlan((), ((1, 10),))
     assert plan_step([JobView(0, 10, "arriving"), JobView(1, 0)], 512) == StepPlan((1,))
 
 
@@ -109,9 +119,9 @@ def test_prompts_never_starve_beside_decoding_jobs(steps: list[tuple[int, int, f
     for decodes, prefill_tokens, seconds in steps:
         costs.observe(decodes, prefill_tokens, seconds)
     for decodes in (1, 8, 32):
-        if costs.prefill_beside(decodes, 2.0) == 0:
+        if costs.prefill_beside(decodes, decodes + 1, 2.0) == 0:
             costs.observe(decodes, 0, 0.01)
-        assert costs.prefill_beside(decodes, 2.0) >= LEAST_PIECE_TOKENS
+        assert costs.prefill_beside(decodes, decodes + 1, 2.0) >= LEAST_PIECE_TOKENS
 
 
 def test_the_piece_is_what_makes_a_step_as_long_as_allowed() -> None:
@@ -120,15 +130,45 @@ def test_the_piece_is_what_makes_a_step_as_long_as_allowed() -> None:
     for _ in range(30):
         costs.observe(8, 0, 0.020)
         costs.observe(8, 50, 0.020 + 50 * 0.0005)
-    assert costs.prefill_beside(8, 2.0) in (39, 40)
-    assert costs.prefill_beside(8, 3.0) in (79, 80)
-    assert costs.prefill_beside(9, 2.0) in (39, 40)  # as with the nearest number of jobs
+    assert costs.prefill_beside(8, 8, 2.0) in (39, 40)
+    assert costs.prefill_beside(8, 8, 3.0) in (79, 80)
+    assert costs.prefill_beside(4, 8, 2.0) in (39, 40)  # as with the nearest number of jobs
+    assert costs.prefill_beside(8, 12, 2.0) in (47, 48)  # four more take as long as four tokens of a prompt
     for _ in range(30):
         costs.observe(16, 0, 0.040)
-    assert costs.prefill_beside(12, 2.0) in (59, 60)  # between the two
+    assert costs.prefill_beside(12, 12, 2.0) in (59, 60)  # between the two
     # After many steps with prompts in them, one shows what the jobs take alone by now.
     seen = []
     for _ in range(40):
-        seen.append(costs.prefill_beside(8, 2.0))
+        seen.append(costs.prefill_beside(8, 8, 2.0))
         costs.observe(8, seen[-1], 0.020 + seen[-1] * 0.0005)
     assert seen.count(0) == 1
+
+
+def test_a_step_that_something_held_up_is_soon_forgotten() -> None:
+    costs = StepCosts()
+    for _ in range(30):
+        costs.observe(8, 0, 0.020)
+        costs.observe(8, 40, 0.020 + 40 * 0.0005)
+    costs.observe(8, 0, 1.0)
+    costs.observe(8, 40, 1.0)
+    assert costs.prefill_beside(8, 8, 2.0) >= 20
+    for _ in range(3):
+        costs.observe(8, 40, 0.020 + 40 * 0.0005)
+    assert 35 <= costs.prefill_beside(8, 8, 2.0) <= 60
+    for _ in range(30):  # and a machine that has become slower is believed
+        costs.observe(8, 0, 0.060)
+        costs.observe(8, 40, 0.060 + 40 * 0.0030)
+    assert costs.prefill_beside(8, 8, 2.0) in range(19, 22)
+
+
+def test_the_first_answers_of_many_do_not_hold_up_the_rest() -> None:
+    """While one of 16 decodes, the others' prompts get what a step takes when all of them decode."""
+    costs = StepCosts()
+    for _ in range(30):
+        costs.observe(1, 0, 0.010)
+        costs.observe(16, 0, 0.040)
+        costs.observe(16, 80, 0.040 + 80 * 0.0005)
+    assert costs.prefill_beside(1, 2, 2.0) in range(20, 30)
+    assert costs.prefill_beside(1, 16, 2.0) in range(139, 141)  # 10 + 70 ms
+    assert costs.prefill_beside(15, 16, 2.0) in range(80, 90)

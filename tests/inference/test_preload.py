@@ -13,6 +13,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from inference.preload import Loader, LoadFailed, LoadTask
+from inference.rates import PrefillRate, Rates
 from inference.rotary import Rotary, RotaryTable
 from inference.working_kv import Buffers, KvShape, WorkingKv, as_bytes
 from protocol.arena import Arena, Geometry, SlotState
@@ -90,7 +91,7 @@ def test_history_is_rotated_to_its_positions(bench: Bench, history: int) -> None
         heads_first = raw[layer].transpose(0, 1).unsqueeze(0)
         rotated = heads_first
         if layer < LAYERS - 1:
-            _, rotated = apply_rotary_pos_emb(heads_first, heads_first, *rows[layer])
+            _, rotated = apply_rotary_pos_emb(heads_first, heads_first, *rows[layer][:2])
         assert torch.equal(kv.keys[layer, :history], rotated[0].transpose(0, 1))
         assert torch.equal(kv.values[layer, :history], torch.cat(bench.values, dim=1)[layer, :history])
         base = kv.raw.base
@@ -103,7 +104,8 @@ def test_only_what_a_window_shows_is_loaded(bench: Bench, history: int) -> None:
     windows = (None, 9, 1, 24)
     refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
     task, ended = bench.task(refs, history, shape=replace(SHAPE, windows=windows))
-    task.kv.values.fill_(torch.nan)
+    for layer in range(LAYERS):
+        task.kv.values_at(layer, 0, history).fill_(torch.nan)
     bench.loader.submit(task)
     assert ended.wait(WAIT_S)
     expected = torch.cat(bench.values, dim=1)[:, :history]
@@ -112,8 +114,8 @@ def test_only_what_a_window_shows_is_loaded(bench: Bench, history: int) -> None:
         seen = 0 if window is None else min(history - window + 1, history - 1) // CHUNK * CHUNK
         seen = max(0, seen)
         loaded += history - seen
-        assert torch.equal(task.kv.values[layer, seen:history], expected[layer, seen:])
-        assert task.kv.values[layer, :seen].isnan().all()
+        assert torch.equal(task.kv.values_at(layer, seen, history), expected[layer, seen:])
+        assert task.kv.values_at(layer, 0, seen).isnan().all()
     assert task.loaded_bytes == loaded * SHAPE.token_bytes // LAYERS
     assert task.kv.whole_from == (history if loaded < LAYERS * history else 0)
 
@@ -195,5 +197,185 @@ def test_a_cancelled_load_ends(bench: Bench) -> None:
     task, ended = bench.task([ref], 16)
     bench.loader.submit(task)
     task.wait_layer(0)
-    task.is_cancelled = True
+    task.cancel()
     assert ended.wait(WAIT_S)
+
+
+def test_who_waits_for_a_cancelled_load_waits_no_longer(bench: Bench) -> None:
+    """The engine may be in the middle of a step that waits for the layer."""
+    task, ended = bench.task([bench.chunk(16, layers=1)], 16)
+    bench.loader.submit(task)
+    task.wait_layer(0)
+    timer = threading.Timer(0.05, task.cancel)
+    timer.start()
+    with pytest.raises(LoadFailed, match="cancelled"):
+        task.wait_layer(1)
+    assert ended.wait(WAIT_S)
+    timer.join()
+
+
+def test_waiting_jobs_are_loaded_as_far_as_the_buffer_reaches(bench: Bench) -> None:
+    """Two jobs wait: the first gets the two layers that the buffer holds, the second none until it is due."""
+    loader = Loader(bench.rotary, lambda: None, read_buffer_bytes=2 * 16 * HEADS * DIM * 2 * 4)
+    loader.start()
+    try:
+        (first, first_ended), (second, second_ended) = (bench.task([bench.chunk(16)], 16) for _ in range(2))
+        loader.submit(first)
+        loader.submit(second)
+        while first.ready_layers < 2:
+            time.sleep(0.001)
+        second.make_due()  # passes the first, which has what it may have
+        assert second_ended.wait(WAIT_S)
+        assert (first.ready_layers, second.ready_layers) == (2, LAYERS)
+        first.make_due()
+        assert first_ended.wait(WAIT_S)
+        assert first.ready_layers == LAYERS
+    finally:
+        loader.stop()
+
+
+def test_whoever_is_waited_for_is_loaded(bench: Bench) -> None:
+    """A step takes up three jobs of which none was said to be next, and waits for every layer of each in turn. The
+    buffer, which holds two layers, is no reason to let it wait."""
+    loader = Loader(bench.rotary, lambda: None, read_buffer_bytes=2 * 16 * HEADS * DIM * 2 * 4)
+    loader.start()
+    try:
+        tasks = [bench.task([bench.chunk(16)], 16)[0] for _ in range(3)]
+        for task in tasks:
+            loader.submit(task)
+        for layer in range(LAYERS):
+            for task in tasks:
+                task.wait_layer(layer)
+    finally:
+        loader.stop()
+
+
+def test_a_waiting_history_is_loaded_to_its_end(bench: Bench) -> None:
+    """Computing takes so long that one layer would do to begin with. It gets all, though: its lease ends."""
+    rates = Rates(prefill=PrefillRate(token_s=1.0))
+    rates.loaded("dram", 10**9, 1.0, time.monotonic())
+    loader = Loader(bench.rotary, lambda: None, rates=rates)
+    loader.start()
+    try:
+        both = [bench.task([bench.chunk(16)], 16) for _ in range(2)]
+        for task, _ in both:
+            task.new_tokens = 10
+            assert task.wanted_bytes(rates) == 0
+            loader.submit(task)
+        for _, ended in both:
+            assert ended.wait(WAIT_S)
+    finally:
+        loader.stop()
+
+
+def test_a_link_that_brings_nothing_is_waited_for_until_the_deadline(bench: Bench) -> None:
+    """The first piece would be on the link for minutes. Whoever looks at the load learns that there is nothing to wait
+    for, also beside decoding jobs, and who waits is told."""
+    loader = Loader(bench.rotary, lambda: None, link_bandwidth=1)
+    loader.start()
+    try:
+        task, ended = bench.task([bench.chunk(16)], 16, deadline_s=0.2)
+        assert not task.has_begun()
+        loader.submit(task)
+        task.make_due()
+        while not task.has_enough(Rates(), 1):
+            time.sleep(0.01)
+        with pytest.raises(LoadFailed, match="load_failed"):
+            task.wait_layer(0)
+        task.cancel()
+        assert ended.wait(WAIT_S)
+    finally:
+        loader.stop()
+
+
+def test_a_load_cut_short_tells_how_slow_the_link_is(bench: Bench) -> None:
+    """Computing was chosen before anything came: the next job need not find out again."""
+    rates = Rates()
+    loader = Loader(bench.rotary, lambda: None, rates=rates, link_bandwidth=1)
+    loader.start()
+    try:
+        task, ended = bench.task([bench.chunk(16)], 16)
+        task.make_due()
+        loader.submit(task)
+        while not task.is_requested:
+            time.sleep(0.001)
+        time.sleep(0.2)
+        task.cancel()
+        assert ended.wait(WAIT_S)
+        assert 0 < rates.link["dram"].bytes_per_s <= task.lump_bytes / 0.2
+    finally:
+        loader.stop()
+
+
+def test_nothing_is_computed_before_all_is_there_without_pre_loading(bench: Bench) -> None:
+    kv = WorkingKv(Buffers(SHAPE, 0), 128)
+    kv.begin(16, 16, 128)
+    ref = bench.chunk(16, layers=1)
+    task = LoadTask(kv, bench.arena, [ref], time.monotonic() + WAIT_S, lambda: None, is_layer_wise=False)
+    bench.loader.submit(task)
+    while task.ready_layers < 1:
+        time.sleep(0.001)
+    assert not task.has_begun()
+    for layer in range(1, LAYERS):
+        bench.fill(ref.slot, layer)
+    task.wait_layer(0)
+    assert task.ready_layers == LAYERS
+    assert task.has_begun()
+
+
+def test_what_is_computed_instead_is_not_written(bench: Bench) -> None:
+    """The engine takes the first chunk over while the load is under way: from then on its place is the engine's."""
+    refs = [bench.chunk(16, layers=1), bench.chunk(16, layers=1)]
+    kv = WorkingKv(Buffers(SHAPE, 0), 128)
+    kv.begin(0, 32, 128)
+    task = LoadTask(kv, bench.arena, refs, time.monotonic() + WAIT_S, lambda: None, end=32, new_tokens=4)
+    bench.loader.submit(task)
+    task.wait_layer(0)
+    rates = Rates(prefill=PrefillRate(token_s=1e-6))
+    rates.loaded("dram", 1, 1.0, time.monotonic())  # a link so slow that a chunk is computed sooner
+    while task.start == 0:  # until the load's own rate, which began well, is found to be as slow
+        task.choose(rates)
+    assert task.start in (16, 32)
+    kv.keys[1:, : task.start] = kv.values[1:, : task.start] = 7.0
+    for layer in range(1, LAYERS):
+        for ref in refs:
+            bench.fill(ref.slot, layer)
+    if task.start < 32:
+        task.wait_layer(LAYERS - 1)
+        assert torch.equal(kv.values[:, 16:32], bench.values[1])
+    assert (kv.keys[1:, : task.start] == 7.0).all()
+    assert (kv.values[1:, : task.start] == 7.0).all()
+
+
+def test_a_slowed_link_is_waited_for_without_sleeping_in_the_loader(bench: Bench) -> None:
+    """The first piece alone would be on the link for 20 s; cancelled, the load ends at once."""
+    loader = Loader(bench.rotary, lambda: None, link_bandwidth=100)
+    loader.start()
+    try:
+        task, ended = bench.task([bench.chunk(16)], 16)
+        loader.submit(task)
+        task.make_due()
+        while not task.is_requested:
+            time.sleep(0.001)
+        task.cancel()
+        assert ended.wait(WAIT_S / 2)
+        assert task.loaded_bytes == 0
+    finally:
+        loader.stop()
+
+
+@pytest.mark.parametrize(("compute_share", "layers"), [(1.0, 1), (0.75, 1), (0.5, 2), (0.25, 3), (0.0, 4)])
+def test_computing_begins_when_so_much_is_there_that_it_never_waits(
+    bench: Bench, compute_share: float, layers: int
+) -> None:
+    """compute_share: what the new tokens take, of what the load takes. The formula's part of the layers is enough, but
+    one layer at least. A step that takes but one of the tokens needs nearly all."""
+    task, _ = bench.task([bench.chunk(16)], 16)
+    task.new_tokens = 10
+    rates = Rates(prefill=PrefillRate(token_s=compute_share * 100.0 / task.new_tokens))
+    rates.loaded("dram", task.layer_bytes * LAYERS, 100.0, time.monotonic())
+    for layer in range(LAYERS):
+        assert task.has_enough(rates, task.new_tokens) == (layer >= layers)
+        assert not task.has_enough(rates, 1)
+        task.layer_ready(layer)
+    assert task.has_enough(rates, task.new_tokens)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,9 @@ class FakeStore:
             if given.session == self.session and given.slot in self.reserved:
                 self._free(given.slot)
 
-    async def commit(self, chunks: list[CommittedChunk]) -> tuple[bool, ...]:
+    async def commit(
+        self, chunks: list[CommittedChunk], manifest: Manifest | None, reserve: int, trace: str = ""
+    ) -> tuple[tuple[bool, ...], list[Reservation]]:
         if self.forget_before_commit:
             self.forget_before_commit = False
             with self.lock:
@@ -75,7 +78,9 @@ class FakeStore:
         if self.lose_answers:
             self.lose_answers -= 1
             raise PeerTimeout("lost")
-        return accepted
+        if manifest is not None and all(accepted):
+            self.manifests.append(manifest)
+        return accepted, await self.reserve(reserve)
 
     def _commit(self, chunk: CommittedChunk) -> bool:
         if chunk.slot not in self.reserved or chunk.generation != self.arena.generation(chunk.slot):
@@ -96,14 +101,11 @@ class FakeStore:
         self.arena.free(slot)
         self.free.append(slot)
 
-    async def save_manifest(self, manifest: Manifest) -> None:
-        self.manifests.append(manifest)
-
 
 class Bench:
     """A running saver, its event loop, and the KV of one turn."""
 
-    def __init__(self, directory: Path, slots: int) -> None:
+    def __init__(self, directory: Path, slots: int, link_bandwidth: int = 0) -> None:
         capacity = 2 * 4096 + slots * (GEOMETRY.slot_bytes + GEOMETRY.entry_bytes)
         arena = Arena.create(directory / "arena", GEOMETRY, capacity)
         self.store = FakeStore(arena, list(range(arena.slots)))
@@ -112,7 +114,9 @@ class Bench:
         self._thread.start()
         store: Any = self.store
         self.observed: list[int] = []
-        self.saver = Saver(store, self.loop, lambda tokens, seconds: self.observed.append(tokens))
+        self.saver = Saver(
+            store, self.loop, lambda tokens, seconds: self.observed.append(tokens), link_bandwidth=link_bandwidth
+        )
         self.saver.start()
 
     def close(self) -> None:
@@ -202,6 +206,50 @@ def test_a_chunk_is_committed_before_its_turn_ends(bench: Bench) -> None:
     bench.check_saved(task, 40)
 
 
+def test_a_turn_that_ends_while_its_last_chunk_is_committed_keeps_its_manifest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunk's commit is on its way when it turns out that there is nothing behind it."""
+    task = bench.task(CHUNK, computed=False)
+    committing, has_ended = threading.Event(), threading.Event()
+    committed = task.committed
+
+    def wait_for_the_end(chunk: Any) -> CommittedChunk:
+        committing.set()
+        assert has_ended.wait(WAIT_S)
+        return committed(chunk)
+
+    monkeypatch.setattr(task, "committed", wait_for_the_end)
+    task.all_done(CHUNK)
+    bench.saver.notify()
+    assert committing.wait(WAIT_S)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(bench.finish, task, CHUNK)
+        bench.wait(lambda: task.final is not None)
+        has_ended.set()
+        assert ended.result(WAIT_S)
+    bench.check_saved(task, CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "wake_chunks", "told"),
+    [
+        (0, CHUNK - 1, 1, set()),  # fills no chunk
+        (CHUNK - 1, CHUNK, 1, {LAYERS - 1}),
+        (0, 4 * CHUNK, 2, {1, 3}),  # two layers of four chunks are as much as two whole chunks
+        (0, 3 * CHUNK, 1, {1, 3}),
+        (0, CHUNK, 1e-3, set(range(LAYERS))),
+    ],
+)
+def test_the_saver_is_told_of_layers_when_there_is_enough_to_copy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, start: int, end: int, wake_chunks: float, told: set[int]
+) -> None:
+    """A wake costs as much as a copy of some size: it comes for that size at the earliest, and after the last layer."""
+    monkeypatch.setattr("inference.save._WAKE_BYTES", int(wake_chunks * CHUNK * SHAPE.token_bytes))
+    task = bench.task(4 * CHUNK)
+    assert task.told_after(start, end) == told
+
+
 def test_a_refused_chunk_and_those_behind_it_are_saved_again(bench: Bench) -> None:
     bench.store.refuse = 2
     task = bench.task(70)
@@ -273,3 +321,27 @@ def test_a_turn_that_ends_inside_a_begun_chunk_keeps_that_chunk_whole(bench: Ben
         task.layer_done(layer, 16)
     assert bench.finish(task, 14)
     assert next(iter(bench.store.chunks.values()))[1] == 16  # and its checksums held when it was committed
+
+
+def test_a_slowed_link_saves_the_same_bytes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slots=12, link_bandwidth=500_000)
+    try:
+        task = bench.task(100)
+        assert bench.finish(task, 100)
+        bench.check_saved(task, 100)
+    finally:
+        bench.close()
+
+
+def test_an_abandoned_turn_does_not_wait_for_the_link(tmp_path: Path) -> None:
+    """Its first chunk alone would be on the link for hours."""
+    bench = Bench(tmp_path, slots=12, link_bandwidth=1)
+    try:
+        task = bench.task(40)
+        bench.saver.notify()
+        bench.wait(lambda: task.filled)
+        bench.saver.abandon(task)
+        bench.wait(lambda: not bench.saver._tasks and len(bench.store.reserved) <= 2)
+        assert not bench.store.chunks
+    finally:
+        bench.close()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,27 @@ import zmq.asyncio
 
 import inference.save
 import inference.service
+from inference.kernels import attention_kernel
+from inference.paged_kv import Pages
 from inference.service import InferenceService
+from inference.working_kv import Buffers
 from protocol import ids
 from protocol.codec import MAX_FRAME_BYTES, Frame, encode
 from protocol.errors import CapacityError, ContextLengthExceeded, InvalidRequest
-from protocol.messages import ChatMessage, GetModel, Hello, ModelInfo, RunTurn, TurnDelta
+from protocol.messages import (
+    ChatMessage,
+    ForgetTurns,
+    GetModel,
+    GetWorkingKv,
+    Hello,
+    ModelInfo,
+    RunTurn,
+    TurnDelta,
+    TurnsForgotten,
+    WorkingKv,
+)
 from protocol.rpc import RpcClient
-from tests.inference.harness import Conversation, Reference, config_for, make_model, run, service, stream, tokens
-
-Test = Callable[[InferenceService, RpcClient], Awaitable[None]]
+from tests.inference.harness import Conversation, Reference, make_model, stream, tokens
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +49,7 @@ def reference(model: Path) -> Reference:
     return Reference(model)
 
 
-@pytest.fixture
-def serve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run an async test against a service of its own."""
-    monkeypatch.setattr(inference.service, "_STORE_WAIT_S", 0.0)
-    monkeypatch.setattr(inference.service, "_DRAIN_S", 1.0)
-
-    def serve(test: Test, **overrides: Any) -> None:
-        async def main() -> None:
-            async with service(config_for(model, tmp_path / "run", **overrides)) as (running, client):
-                await test(running, client)
-
-        run(main())
-
-    return serve
-
+BOTH_KINDS = pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 
 # Greedy answers of the random model meet the end token soon; this one goes on for hundreds of tokens.
 LONG = {"temperature": 1.0, "seed": 2, "max_tokens": 400}
@@ -70,7 +68,8 @@ def fresh(running: InferenceService, text: str, **sampling: Any) -> RunTurn:
     return Conversation(RpcClient("inproc://unused", "gateway"), running.model).request(text, **sampling)
 
 
-def test_turns_without_a_store_are_right_and_reuse_working_kv(serve: Any, reference: Reference) -> None:
+@BOTH_KINDS
+def test_turns_without_a_store_are_right_and_reuse_working_kv(serve: Any, reference: Reference, paged: bool) -> None:
     async def test(running: InferenceService, client: RpcClient) -> None:
         conversation = Conversation(client, running.model)
         history = 0
@@ -80,7 +79,7 @@ def test_turns_without_a_store_are_right_and_reuse_working_kv(serve: Any, refere
             assert done.usage.hbm >= history
             history = done.usage.prompt_tokens + done.usage.completion_tokens - 1
 
-    serve(test)
+    serve(test, paged=paged)
 
 
 def test_no_reuse_computes_everything_and_says_so(serve: Any, reference: Reference) -> None:
@@ -108,7 +107,8 @@ def test_tenants_share_nothing(serve: Any) -> None:
     serve(test)
 
 
-def test_an_edited_history_is_a_branch(serve: Any, reference: Reference) -> None:
+@BOTH_KINDS
+def test_an_edited_history_is_a_branch(serve: Any, reference: Reference, paged: bool) -> None:
     """Regenerating keeps the prompt's KV, and the first branch goes on undisturbed."""
 
     async def test(running: InferenceService, client: RpcClient) -> None:
@@ -124,17 +124,50 @@ def test_an_edited_history_is_a_branch(serve: Any, reference: Reference) -> None
         assert not reference.check(tokens(third.prompt_tokens), tokens(third.tokens))
         assert third.usage.hbm >= first.usage.prompt_tokens
 
-    serve(test)
+    serve(test, paged=paged)
 
 
-def test_parallel_turns_do_not_change_each_other(serve: Any, reference: Reference) -> None:
+@BOTH_KINDS
+def test_forgotten_turns_are_off_the_device(serve: Any, paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their contexts and what is known of them go, others stay, and memory that nobody uses is overwritten."""
+    monkeypatch.setattr(inference.save, "GIVE_UP_S", 0.0)  # there is no store: nothing to wait for
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        erased, kept = (Conversation(client, running.model, tenant) for tenant in (b"erased", b"kept"))
+        done = await erased.say("Tell me of the sea. " * 4)
+        await kept.say("Tell me of the sea. " * 4)
+        held_bytes = running.retained.used_bytes
+        kv = await client.request(GetWorkingKv(), WorkingKv, 5)
+        assert 0 < kv.retained_bytes <= kv.used_bytes <= kv.capacity_bytes
+        assert kv.retained_bytes == held_bytes
+        asked = ForgetTurns((done.turn_key, ids.new_id()))
+        found = await client.request(asked, TurnsForgotten, 20.0)
+        assert (found.contexts, found.unsaved) == (1, 0)
+        assert running.retained.used_bytes == held_bytes - found.bytes
+        assert running.manifests.get(done.turn_key) is None
+        if isinstance(running.buffers, Pages):
+            unused = [running.buffers.keys[:, page] for page in running.buffers._free]
+        else:
+            assert isinstance(running.buffers, Buffers)
+            unused = [buffer for held in running.buffers._spare.values() for buffer in held]
+        assert unused
+        assert not any(memory.any() for memory in unused)
+        assert await client.request(asked, TurnsForgotten, 20.0) == TurnsForgotten()
+        assert (await erased.say("And the wind?")).usage.hbm == 0
+        assert (await kept.say("And the wind?")).usage.hbm > 0
+
+    serve(test, paged=paged)
+
+
+@BOTH_KINDS
+def test_parallel_turns_do_not_change_each_other(serve: Any, reference: Reference, paged: bool) -> None:
     async def test(running: InferenceService, client: RpcClient) -> None:
         texts = [f"Conversation {i}: " + "words " * (i * 9) for i in range(6)]
         results = await asyncio.gather(*(stream(client, fresh(running, text, max_tokens=24)) for text in texts))
         for done, _ in results:
             assert not reference.check(tokens(done.prompt_tokens), tokens(done.tokens))
 
-    serve(test, step_tokens=64)
+    serve(test, step_tokens=64, paged=paged)
 
 
 def test_seeds_repeat_and_stop_strings_end(serve: Any) -> None:
@@ -238,9 +271,13 @@ def test_a_cancelled_turn_frees_its_place(serve: Any) -> None:
 
 def test_limits_have_their_errors(serve: Any) -> None:
     async def test(running: InferenceService, client: RpcClient) -> None:
-        with pytest.raises(ContextLengthExceeded, match=r"has 6\d\d tokens; the context holds 512"):
+        with pytest.raises(ContextLengthExceeded, match=r"has 6\d\d tokens of its own.* the context holds 512"):
             await stream(client, fresh(running, "x" * 600))
-        most, _ = await stream(client, fresh(running, "x" * 480, max_tokens=0))
+        with pytest.raises(ContextLengthExceeded, match=r"has 6\d\d tokens; the context holds 512"):
+            await stream(client, dataclasses.replace(fresh(running, "x" * 600), truncation="disabled"))
+        most, _ = await stream(
+            client, dataclasses.replace(fresh(running, "x" * 480, max_tokens=0), truncation="disabled")
+        )
         assert most.usage.prompt_tokens + most.usage.completion_tokens <= 512
         busy = asyncio.ensure_future(stream(client, fresh(running, "Hello", **LONG)))
         await eventually(lambda: running.engine.running == 1)
@@ -286,9 +323,25 @@ def test_a_template_that_refuses_is_the_callers_fault(serve: Any) -> None:
     serve(test)
 
 
-def test_a_finished_turns_memory_is_given_back_at_once(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_turn_waits_for_a_compiler(serve: Any) -> None:
+    """The kernel for decoding jobs is there when the service is."""
+
+    async def test(running: InferenceService, client: RpcClient) -> None:
+        assert attention_kernel.cache_info().currsize == 1
+        await stream(client, fresh(running, "Hello"))
+        assert attention_kernel.cache_info().misses == 1
+        assert attention_kernel.cache_info().hits > 0
+
+    attention_kernel.cache_clear()
+    serve(test)
+
+
+@BOTH_KINDS
+def test_a_finished_turns_memory_is_given_back_at_once(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
     """No reference cycle keeps working KV alive: it is the next turn's memory."""
-    monkeypatch.setattr(inference.save, "_GIVE_UP_S", 0.0)
+    monkeypatch.setattr(inference.save, "GIVE_UP_S", 0.0)
 
     async def test(running: InferenceService, client: RpcClient) -> None:
         gc.collect()  # what other tests left
@@ -302,4 +355,4 @@ def test_a_finished_turns_memory_is_given_back_at_once(serve: Any, monkeypatch: 
         finally:
             gc.enable()
 
-    serve(test, retain_bytes=0)
+    serve(test, retain_bytes=0, paged=paged)

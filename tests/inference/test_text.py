@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -31,7 +31,8 @@ def feed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[AnswerText, lis
 
 @given(st.text(max_size=40))
 def test_valid_text_streams_to_itself(text: str) -> None:
-    """Any text, token by token, gives itself, and no piece ends in half a character."""
+    """Any text without special tokens, token by token, gives itself, and no piece ends in half a character."""
+    assume(not any(special in text for special in TOKENIZER.all_special_tokens))
     answer, pieces = feed(tokenize(TOKENIZER, text).tolist())
     assert "".join(pieces) == answer.text == text
 
@@ -131,6 +132,29 @@ def test_generated_ids_survive_the_next_turn(question: str, sampled: list[int], 
         *sampled,
         *tokenize(TOKENIZER, text[len(manifest.text) :]).tolist(),
     ]
+
+
+@given(BYTE_IDS, BYTE_IDS, st.text(max_size=20))
+def test_another_answer_keeps_the_ids_of_the_prompt(earlier: list[int], sampled: list[int], other: str) -> None:
+    """A prompt with an answer whose text does not encode to its ids is asked again: its ids are what was saved."""
+    prompt_text = "question" + feed(earlier)[0].text
+    prompt = [*tokenize(TOKENIZER, "question").tolist(), *earlier]
+    manifest = Manifest(
+        bytes(16),
+        bytes(16),
+        ids.pack_tokens([*prompt, *sampled]),
+        prompt_text + feed(sampled)[0].text + "!",
+        (),
+        len(prompt) + len(sampled),
+        prompt_tokens=len(prompt),
+        prompt_chars=len(prompt_text),
+    )
+    tokens, continues = prompt_tokens(TOKENIZER, prompt_text, manifest)
+    assert (tokens.tolist(), continues) == (prompt, False)
+    edited = prompt_text + "?" + other
+    assume(not edited.startswith(manifest.text))
+    tokens, continues = prompt_tokens(TOKENIZER, edited, manifest)
+    assert (tokens.tolist(), continues) == ([*prompt, *tokenize(TOKENIZER, "?" + other).tolist()], False)
 
 
 def test_changed_text_is_tokenized_anew() -> None:

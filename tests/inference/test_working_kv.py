@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference.paged_kv import Pages, context_pages
 from inference.working_kv import (
     Buffers,
     KvShape,
@@ -75,7 +78,7 @@ def test_compact_keeps_the_partial_chunks_raw_keys() -> None:
 
 
 def test_appending_takes_the_context_over() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     kv = filled(40)
     pool.put(NAMESPACE, ids_of(40), kv)
     match = pool.match(NAMESPACE, ids_of(60))
@@ -88,7 +91,7 @@ def test_appending_takes_the_context_over() -> None:
 
 
 def test_a_branch_gets_a_copy() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     kv = filled(40)
     before = kv.keys.clone()
     pool.put(NAMESPACE, ids_of(40), kv)
@@ -106,7 +109,7 @@ def test_a_branch_gets_a_copy() -> None:
 
 
 def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40, raw_base=32))
     prompt = np.concatenate([ids_of(21), ids_of(10, 500)]).astype(np.uint32)
     match = pool.match(NAMESPACE, prompt)
@@ -116,7 +119,7 @@ def test_a_branch_before_the_raw_keys_is_cut_to_a_chunk() -> None:
 
 def test_a_branch_that_would_see_what_was_not_loaded_is_left_to_the_store() -> None:
     """In layers with a sliding window a context begins with its load."""
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     kv = filled(40)
     kv.whole_from = 36
     pool.put(NAMESPACE, ids_of(40), kv)
@@ -128,13 +131,13 @@ def test_a_branch_that_would_see_what_was_not_loaded_is_left_to_the_store() -> N
 
 
 def test_other_namespaces_never_match() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
     assert pool.match(b"m" * 16, ids_of(60)) is None
 
 
 def test_the_last_token_is_never_taken() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
     match = pool.match(NAMESPACE, ids_of(40))
     assert match is not None
@@ -143,7 +146,7 @@ def test_the_last_token_is_never_taken() -> None:
 
 def test_oldest_leave_but_never_unsaved_ones() -> None:
     kv = [filled(40, seed=i) for i in range(3)]
-    pool = RetentionPool(BUFFERS, kv[0].nbytes * 2, CHUNK)
+    pool = RetentionPool(kv[0].nbytes * 2, CHUNK)
     kv[0].pending_saves = 1
     for i, context in enumerate(kv):
         pool.put(NAMESPACE, ids_of(40, 1000 * i), context)
@@ -181,6 +184,19 @@ def test_spare_memory_is_bounded() -> None:
     held = [WorkingKv(buffers, 300) for _ in range(10)]
     del held
     assert buffers.spare_bytes <= 100_000
+
+
+def test_warm_memory_is_for_one_context_and_gives_way() -> None:
+    """A context finds all of its memory spare; what is spare is enough; where there is no room, none is made."""
+    buffers = Buffers(SHAPE, 1 << 20, capacity_bytes=2 * context_bytes(SHAPE, 300))
+    for _ in range(2):
+        buffers.warm(300)
+        assert (buffers.used_bytes, buffers.spare_bytes) == (0, context_bytes(SHAPE, 300))
+    first = new_context(buffers, 300, 0)
+    assert buffers.spare_bytes == 0
+    second = new_context(buffers, 300, 0)
+    buffers.warm(300)
+    assert (buffers.used_bytes, buffers.spare_bytes) == (first.nbytes + second.nbytes, 0)
 
 
 def test_memory_is_bounded_and_spare_memory_gives_way() -> None:
@@ -231,16 +247,22 @@ def test_no_context_grows_beyond_the_longest() -> None:
     assert kv.capacity == 1024  # the size above 800, and not the one above 1,152
 
 
-@given(st.integers(1, 5000), st.integers(0, 5000))
-def test_the_bytes_of_a_context_are_those_that_it_takes(tokens: int, raw_base: int) -> None:
-    buffers = Buffers(SHAPE, 0)
+@given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([(), (300, None), (1, 2000)]))
+def test_the_bytes_of_a_context_are_those_that_it_takes(
+    tokens: int, raw_base: int, windows: tuple[int | None, ...]
+) -> None:
+    shape = dataclasses.replace(SHAPE, windows=windows)
+    buffers = Buffers(shape, 0)
     raw_base = min(raw_base, tokens - 1)
     kv = new_context(buffers, tokens, raw_base)
-    assert buffers.used_bytes == kv.nbytes == context_bytes(SHAPE, tokens, raw_base)
+    assert buffers.used_bytes == kv.nbytes == context_bytes(shape, tokens, raw_base)
+    pages = Pages(shape, 32, context_bytes(SHAPE, tokens) * 2)
+    paged = new_context(pages, tokens, raw_base)
+    assert pages.used_bytes == paged.nbytes == context_pages(shape, 32, tokens, raw_base) * pages.page_bytes
 
 
 def test_what_was_let_go_meanwhile_is_not_taken() -> None:
-    pool = RetentionPool(BUFFERS, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     pool.put(NAMESPACE, ids_of(40), filled(40))
     match = pool.match(NAMESPACE, ids_of(60))
     assert match is not None
@@ -251,7 +273,7 @@ def test_what_was_let_go_meanwhile_is_not_taken() -> None:
 
 def test_what_cannot_be_taken_for_want_of_memory_stays_and_is_the_last_to_go() -> None:
     buffers = Buffers(SHAPE, 0, capacity_bytes=context_bytes(SHAPE, 512))
-    pool = RetentionPool(buffers, 1 << 30, CHUNK)
+    pool = RetentionPool(1 << 30, CHUNK)
     for i in range(2):
         kv = new_context(buffers, 256, 0)
         kv.length = 40
