@@ -39,12 +39,27 @@ class Transcript:
         pairs = zip(self.messages, self.keys, strict=True)
         return [key for message, key in pairs if message.role == "assistant"][::-1]
 
+    def asked_keys(self, after: bytes | None) -> list[bytes]:
+        """Keys behind `after` where another turn may have been asked, longest prefix first.
+
+        An answer that was regenerated, edited, or comes back without its reasoning makes a branch there.
+        """
+        behind = list(zip(self.messages, self.keys, strict=True))[self._place(after) :]
+        return [key for message, key in behind if message.role != "assistant"][::-1]
+
     def after(self, key: bytes | None) -> tuple[ChatMessage, ...]:
         """The messages that are new since `key`; all of them for None."""
-        start = 0 if key is None else self.keys.index(key) + 1
-        return self.messages[start:]
+        return self.messages[self._place(key) :]
+
+    def _place(self, key: bytes | None) -> int:
+        return 0 if key is None else self.keys.index(key) + 1
 
 
 def answer_key(request_key: bytes, text: str) -> bytes:
     """The turn key of a finished turn: the request and its answer."""
     return ids.turn_key(request_key, ids.Message("assistant", text))
+
+
+def content_root(tenant: bytes) -> bytes:
+    """The root of keys that do not depend on model, template and salt: they tell why a turn is not continued."""
+    return ids.digest("content", tenant)

@@ -1,10 +1,12 @@
-"""Hints to kvdaemon: whose KV is needed next. Best effort: a daemon that is away or slow costs us nothing."""
+"""The connection to kvdaemon. Hints tell whose KV is needed next; best effort: a daemon that is away or slow costs us
+nothing. Other requests are those of somebody who waits for their answer."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from monitoring.logs import get_logger
 from protocol.errors import CachedAttentionError
@@ -12,6 +14,7 @@ from protocol.messages import Ack, QueueOrder, Welcome
 from protocol.rpc import Ask, Curve, RpcClient
 
 log = get_logger(__name__)
+M = TypeVar("M")
 
 _DEADLINE_S = 1.0
 
@@ -52,6 +55,10 @@ class QueueHints:
         self._order = turn_keys
         if turn_keys != self._told:
             self._changed.set()
+
+    async def ask(self, message: Any, expect: type[M], timeout_s: float) -> M:
+        """One request of another kind. Raises as RpcClient.request does."""
+        return await self._client.request(message, expect, timeout_s)
 
     async def _tell(self) -> None:
         while True:

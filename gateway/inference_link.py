@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from monitoring.logs import get_logger
 from protocol.errors import PeerUnavailable
@@ -12,6 +12,7 @@ from protocol.messages import GetModel, ModelInfo, RunTurn, Welcome
 from protocol.rpc import Ask, Curve, RpcClient
 
 log = get_logger(__name__)
+M = TypeVar("M")
 
 _HELLO_S = 5.0
 # A process on its way out ends its turns, and refuses new ones, some time before its connection ends.
@@ -75,6 +76,10 @@ class InferenceLink:
         silent too, and a dead or stuck process is noticed by the connection.
         """
         return self._client.stream(turn, timeout_s, timeout_s)
+
+    async def ask(self, message: Any, expect: type[M], timeout_s: float) -> M:
+        """One request of another kind. Raises as RpcClient.request does."""
+        return await self._client.request(message, expect, timeout_s)
 
     def gave_up_turn(self) -> None:
         """A turn was ended there, or refused, as if the process were stopping: for a moment it gets no others."""

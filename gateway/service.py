@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
+import ssl
 from collections.abc import Generator
 
 import uvicorn
 
+from gateway.api.admin import admin_router
 from gateway.api.chat import chat_router
+from gateway.api.completions import completions_router
+from gateway.api.conversations import conversations_router
 from gateway.api.health import health_router
 from gateway.api.models import models_router
+from gateway.api.responses import responses_router
+from gateway.api.tokenize import tokenize_router
 from gateway.app import make_app
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.hints import QueueHints
+from gateway.idempotency import Idempotency
+from gateway.journal.conversations import Conversations
 from gateway.journal.journal import Journal
+from gateway.key_watch import KeyWatch
+from gateway.page.machine import Machine
+from gateway.page.mount import Page, Parts
 from gateway.queue import TurnQueue
+from gateway.queue_policies import POLICIES
+from gateway.quotas import Quotas
+from gateway.retention import Retention
+from gateway.returns import Returns
 from gateway.tenants import Tenants, load_secret
 from gateway.turns import Turns
 from gateway.workers import Workers
@@ -40,12 +56,22 @@ def run(config: GatewayConfig) -> int:
 
     Raises ConfigError: the port is in use, another gateway has data_dir, or the journal cannot be used.
     """
+    check_tls(config)
     with (
         contextlib.closing(listen(config.host, config.port)) as listener,
         exclusive(config.data_dir / "gateway.lock", "gateway"),
     ):
         asyncio.run(_serve(config, listener))
     return 0
+
+
+def check_tls(config: GatewayConfig) -> None:
+    """Raises ConfigError: certificate and key cannot be read, or do not belong together."""
+    if config.tls_certificate is not None and config.tls_key is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
+        except OSError as error:  # of which ssl.SSLError is one
+            raise ConfigError(f"TLS with {config.tls_certificate}: {error}", param="tls_certificate") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,39 +98,68 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, tenants: Tenants, journal: Journal) -> None:
         """Use Gateway.open."""
-        self._drain_s = config.drain_s
+        self.config = config
         self.metrics = GatewayMetrics(new_registry())
         self._journal = journal
+        self._key_watch: KeyWatch | None = None
+        if config.api_key_file is not None:
+            self._key_watch = KeyWatch(tenants, config.api_key_file, config.api_key_hashes)
         self._workers = Workers(config.inference_endpoints, config.curve, self._peers_changed)
         self.metrics.inference_workers.set(len(config.inference_endpoints))
+        self.metrics.queue_limit.set(config.queue_limit)
         self._hints = QueueHints(config.kvdaemon_endpoint, config.curve, self._peers_changed)
-        self._dispatcher = Dispatcher(TurnQueue(config.queue_limit), self._workers, self._hints.tell, self.metrics)
-        self._turns = Turns(journal, self._dispatcher, self._workers, self.metrics, config.turn_timeout_s)
+        queue = TurnQueue(config.queue_limit, POLICIES[config.queue_policy])
+        self._dispatcher = Dispatcher(queue, self._workers, self._hints.tell, self.metrics)
+        self._returns = Returns(self._hints)
+        self._turns = Turns(
+            journal, self._dispatcher, self._workers, self.metrics, config.turn_timeout_s, self._returns
+        )
+        self._quotas = Quotas(self._hints, self._turns.meters)
+        conversations = Conversations(journal)
+        idempotency, limit = Idempotency(), config.max_body_bytes
+        self._retention = Retention(conversations, self._hints, self._workers, idempotency, self.metrics)
+        machine = Machine(self._turns, self._dispatcher, self._workers, self._hints)
+        parts = Parts(self._turns, conversations, self._retention, self._workers, tenants, machine, limit)
+        self._page = Page(parts) if config.page else None
         self.app = make_app(
             (
-                chat_router(self._turns, self._workers, tenants, config.max_body_bytes),
-                models_router(self._workers),
+                chat_router(self._turns, self._workers, tenants, journal, idempotency, limit),
+                completions_router(self._turns, self._workers, tenants, idempotency, limit),
+                responses_router(self._turns, self._workers, tenants, journal, conversations, idempotency, limit),
+                conversations_router(conversations, self._retention, self._workers, tenants, limit),
+                tokenize_router(self._workers, tenants, limit),
+                admin_router(tenants, self._turns, self._dispatcher),
+                models_router(self._workers, tenants),
                 health_router(self.readiness, self.metrics),
             ),
             self.metrics,
+            config.cors_origins,
+            None if self._page is None else self._page.before,
         )
 
     @classmethod
     async def open(cls, config: GatewayConfig) -> Gateway:
         """Open what lies in data_dir and begin to connect. Raises ConfigError: it cannot be used."""
-        tenants = Tenants(load_secret(config.data_dir / "secret"))
+        tenants = Tenants(load_secret(config.data_dir / "secret"), config.api_keys)
         journal = await Journal.open(config.database_url, config.data_dir)
         try:
             gateway = cls(config, tenants, journal)
             gateway.metrics.conversations.set(await journal.count_conversations())
             await gateway._workers.start()
             await gateway._hints.start()
+            gateway._returns.start()
+            gateway._quotas.start()
+            gateway._retention.start()
+            if gateway._key_watch is not None:
+                gateway._key_watch.start()
         except BaseException:
             await journal.close()
             raise
         return gateway
 
     def readiness(self) -> Readiness:
+        if self._turns.is_drained:
+            return Readiness(False, "drained", "an admin wants no new turns here")
         if not self._turns.is_accepting:
             return Readiness(False, "stopping", "the server is shutting down")
         if not self._workers.is_connected:
@@ -116,9 +171,16 @@ class Gateway:
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Refuse new turns, and bring those at hand to their end."""
-        await self._turns.drain(self._drain_s, hurry)
+        await self._turns.drain(self.config.drain_s, hurry)
 
     async def close(self) -> None:
+        if self._page is not None:
+            await self._page.close()
+        if self._key_watch is not None:
+            await self._key_watch.stop()
+        await self._quotas.stop()
+        await self._returns.stop()
+        await self._retention.stop()
         await self._hints.stop()
         await self._workers.stop()
         await self._journal.close()
@@ -138,16 +200,22 @@ class HttpServer(uvicorn.Server):
 
 
 def http_server(gateway: Gateway) -> HttpServer:
+    config = gateway.config
     return HttpServer(
         uvicorn.Config(
             gateway.app,
             loop="asyncio",
+            http="httptools",
+            ws="none" if config.page is False else "websockets-sansio",
+            ws_max_size=config.max_body_bytes,
             lifespan="off",
             log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_LAST_WRITES_S,
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
         )
     )
 
@@ -162,6 +230,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     gateway = await Gateway.open(config)
+    gc.freeze()  # what is there now stays: collections that look at all of it would stop every stream for 0.1 s
     try:
         await serve(gateway, listener, stop, hurry)
     finally:
@@ -173,7 +242,11 @@ async def serve(gateway: Gateway, listener: socket.socket, stop: asyncio.Event, 
     server = http_server(gateway)
     serving = asyncio.create_task(server.serve([listener]))
     host, port = listener.getsockname()[:2]
-    log.info("gateway serves", host=host, port=port)
+    config = gateway.config
+    log.info("gateway serves", host=host, port=port, tls=config.tls_certificate is not None)
+    if not config.api_keys:
+        who = "everybody who reaches it" if config.anonymous else "everybody on this machine, and nobody else"
+        log.warning(f"no API keys: the gateway serves {who}")
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

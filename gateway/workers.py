@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from gateway.inference_link import InferenceLink
 from gateway.routing import Holders, Load, choose_worker
 from monitoring.logs import get_logger
-from protocol.errors import PeerUnavailable
-from protocol.messages import ModelInfo
+from protocol.errors import CachedAttentionError, PeerUnavailable
+from protocol.messages import ForgetTurns, GetWorkingKv, ModelInfo, TurnsForgotten, WorkingKv
 from protocol.rpc import Curve
 
 log = get_logger(__name__)
+M = TypeVar("M")
+
+_FORGET_S = 20.0  # more than a worker waits for its saves
+_ASK_S = 30.0  # tokenizing the largest body takes seconds
 
 
 class Workers:
@@ -79,11 +85,35 @@ class Workers:
     def free_places(self) -> int:
         return sum(max(0, load.places - load.running) for load in self._loads())
 
+    async def ask(self, message: Any, expect: type[M]) -> M:
+        """A request that any of them answers. Raises PeerUnavailable: all are away; and as RpcClient.request does."""
+        for link in self._links:
+            if self._serves(link):
+                return await link.ask(message, expect, _ASK_S)
+        raise PeerUnavailable(self.reason)
+
+    async def forget(self, turn_keys: Sequence[bytes]) -> tuple[list[TurnsForgotten], list[str]]:
+        """Have every worker let go of these turns' contexts. What each said; and one sentence for each thing left."""
+        told = await asyncio.gather(*(self._forget(link, turn_keys) for link in self._links))
+        return [found for found, _ in told if found is not None], [left for _, left in told if left]
+
+    async def working_kv(self, timeout_s: float) -> dict[str, WorkingKv]:
+        """By the workers' names, of those that answer in time."""
+        told = await asyncio.gather(
+            *(link.ask(GetWorkingKv(), WorkingKv, timeout_s) for link in self._links), return_exceptions=True
+        )
+        return {link.name: kv for link, kv in zip(self._links, told, strict=True) if isinstance(kv, WorkingKv)}
+
     # -- turns ----------------------------------------------------------------------------------------------
 
-    def take(self, parent_turn_key: bytes | None) -> InferenceLink:
-        """A place for the turn that continues this one. Raises PeerUnavailable: none is free."""
+    def take(self, parent_turn_key: bytes | None, affinity: bytes | None = None) -> InferenceLink:
+        """A place for the turn that continues this one. Raises PeerUnavailable: none is free.
+
+        affinity: names turns that probably begin alike; where nobody holds the parent, the worker of the last one.
+        """
         holder = self._holders.find(parent_turn_key) if parent_turn_key is not None else None
+        if holder is None and affinity is not None:
+            holder = self._holders.find(affinity)
         chosen = choose_worker(self._loads(), holder)
         if chosen is None:
             raise PeerUnavailable("no place is free")
@@ -95,9 +125,12 @@ class Workers:
     def give_back(self, link: InferenceLink) -> None:
         link.running -= 1
 
-    def note_end(self, turn_key: bytes, link: InferenceLink) -> None:
-        """A turn ended well there."""
-        self._holders.note(turn_key, self._links.index(link), time.monotonic())
+    def note_end(self, turn_key: bytes, link: InferenceLink, affinity: bytes | None = None) -> None:
+        """A turn ended well there. Where there is one worker, nobody has to remember."""
+        if len(self._links) == 1:
+            return
+        for key in (turn_key,) if affinity is None else (turn_key, affinity):
+            self._holders.note(key, self._links.index(link), time.monotonic())
 
     def save_wait_s(self, parent_turn_key: bytes | None, link: InferenceLink) -> float:
         """How long a turn at `link` should wait for the context that it continues; see Holders."""
@@ -106,6 +139,13 @@ class Workers:
         return self._holders.save_wait_s(parent_turn_key, self._links.index(link), time.monotonic())
 
     # -- inside ---------------------------------------------------------------------------------------------
+
+    async def _forget(self, link: InferenceLink, turn_keys: Sequence[bytes]) -> tuple[TurnsForgotten | None, str]:
+        try:
+            found = await link.ask(ForgetTurns(tuple(turn_keys)), TurnsForgotten, _FORGET_S)
+        except CachedAttentionError as error:
+            return None, f"on the device of {link.name}, until it needs the room or ends: {error.message}"
+        return found, f"{found.unsaved} turns are still being saved by {link.name}" if found.unsaved else ""
 
     def _loads(self) -> list[Load]:
         return [Load(link.running, link.places if self._serves(link) else 0, link.served) for link in self._links]

@@ -49,19 +49,21 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     receive: of a request whose body was read; the next message from it is the disconnect.
     """
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
+    watching: asyncio.Task[None] | None = None
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Cancelled("the client went away")
-        return working.result()
+        async with asyncio.timeout(None) as connected:  # ends when the watcher says so
+            watching = asyncio.create_task(_watch(receive, connected))
+            return await work
+    except TimeoutError:
+        if connected.expired():
+            raise Cancelled("the client went away") from None
+        raise
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.wait({working, leaving})
+        if watching is not None:
+            watching.cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _watch(receive: Receive, connected: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    connected.reschedule(asyncio.get_running_loop().time())

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
+import pydantic_core
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from monitoring.logs import get_logger
-from protocol.errors import CachedAttentionError, CallerError, InternalError, QueueFull
+from protocol.errors import CachedAttentionError, CallerError, InternalError, InvalidRequest
 
 log = get_logger(__name__)
 
-_RETRY_AFTER_S = "1"
+_RETRY_AFTER_S = 1.0  # where nobody knows better
 
 
 class RequestTooLarge(CallerError):
@@ -47,7 +50,11 @@ class JsonResponse(Response):
 
 
 def to_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    try:
+        return pydantic_core.to_json(content, inf_nan_mode="null")  # in a tenth of json's time: every token is sent so
+    except pydantic_core.PydanticSerializationError:  # a lone surrogate
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 def error_body(error: CachedAttentionError) -> dict[str, Any]:
@@ -55,7 +62,10 @@ def error_body(error: CachedAttentionError) -> dict[str, Any]:
 
 
 def error_response(error: CachedAttentionError) -> JsonResponse:
-    headers = {"Retry-After": _RETRY_AFTER_S} if error.retryable and error.http_status in (429, 503) else None
+    headers = None
+    if error.retryable and error.http_status in (429, 503):
+        wait_s = _RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
     return JsonResponse(error_body(error), error.http_status, headers)
 
 
@@ -67,9 +77,12 @@ async def answer_error(_: Request, error: Exception) -> JsonResponse:
 def _translate(error: Exception) -> CachedAttentionError:
     if isinstance(error, CachedAttentionError):
         return error
+    if isinstance(error, RequestValidationError):  # of the query; bodies are checked by hand
+        first = error.errors()[0]
+        return InvalidRequest(f"'{first['loc'][-1]}': {first['msg']}", param=str(first["loc"][-1]))
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            return UnknownRoute("there is no such route; see /v1/models and /v1/chat/completions")
+            return UnknownRoute("there is no such route; see /openapi.json")
         if error.status_code == 405:
             return MethodNotAllowed("this route does not know that method")
     return InternalError("the gateway failed; see its log")
@@ -78,6 +91,6 @@ def _translate(error: Exception) -> CachedAttentionError:
 def _type(error: CachedAttentionError) -> str:
     if error.http_status == 401:
         return "authentication_error"
-    if isinstance(error, QueueFull):
+    if error.http_status == 429:
         return "rate_limit_error"
     return "invalid_request_error" if isinstance(error, CallerError) else "server_error"

@@ -4,12 +4,14 @@ Its tokens are the bytes of UTF-8 and one end token, so that everything about an
 remembers the contexts it served as a real one does: the part of a prompt that a parent turn left behind is a hit.
 
     "tell me X"                     answers with `answer_to(messages)`, a token at a time
+    "... [say X]"                   answers X
     "... [slow 0.05] ..."           waits so many seconds before each token
     "... [length N] ..."            answers N letters
     "... [fail CODE] ..."           refuses with that error before it starts
     "... [going S] ..."             is on its way out: gives turns up for the first S seconds, still connected
     "... [break N] ..."             fails with an internal error after N tokens
     "... [unsure] ..."              leaves the log probabilities that were asked for out
+    "... [dropped N] ..."           has lost the first N tokens of its context
     "... [bytes] ..."               ends its answer with a byte that is no UTF-8
     "... [die N] ..."               kills its own process after N tokens, unless it is told to resume
     "... [die-once N FILE] ..."     the same, only while FILE is not there; makes it
@@ -26,20 +28,35 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from protocol.errors import Cancelled, PeerUnavailable, from_wire
+from protocol.errors import Cancelled, InvalidRequest, PeerUnavailable, from_wire
 from protocol.ids import Message, digest, new_id, pack_tokens, turn_key, unpack_tokens
 from protocol.messages import (
     Ack,
+    Anticipate,
     ChatMessage,
+    DescribeTurns,
+    Detokenize,
+    Detokenized,
+    Erase,
+    ErasureReceipt,
+    ForgetTurns,
     GetModel,
+    MeasureNamespaces,
     ModelInfo,
+    NamespacesMeasured,
     QueueOrder,
     RunTurn,
     SampledLogprobs,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
     TurnDelta,
     TurnDone,
+    TurnPlace,
+    TurnsDescribed,
+    TurnsForgotten,
     TurnStarted,
     TurnUsage,
 )
@@ -59,6 +76,8 @@ def answer_to(messages: Sequence[ChatMessage]) -> bytes:
     asked = messages[-1].content
     if match := re.search(r"\[length (\d+)\]", asked):
         return b"abcdefghij"[: int(match[1])].ljust(int(match[1]), b"z")
+    if match := re.search(r"\[say (.*)\]$", asked, re.DOTALL):
+        return match[1].encode()
     plain = re.sub(r" ?\[.*?\]", "", asked)
     said = f"You said: {plain} ✓".encode()
     return said + b"\xff" if "[bytes]" in asked else said
@@ -74,8 +93,11 @@ class ScriptedInference:
     """In a loop of the test's process, or as a process of its own by `main`."""
 
     def __init__(self, endpoint: str, max_running: int = 4, weights: bytes = b"weights") -> None:
-        self.model = ModelInfo(MODEL, digest("test", weights), digest("test", b"template"), 4096, max_running)
+        self.model = ModelInfo(
+            MODEL, digest("test", weights), digest("test", b"template"), 4096, max_running, tool_format="hermes"
+        )
         self.turns: list[RunTurn] = []
+        self.forgotten: list[bytes] = []
         self._first_turn_s = 0.0
         self.running = 0
         self.most_running = 0
@@ -83,13 +105,35 @@ class ScriptedInference:
         self.hold = asyncio.Event()  # cleared: turns start, and sample nothing
         self.hold.set()
         self.is_leaving = False  # refuses turns, still connected
-        self.server = RpcServer(endpoint, "inference", {GetModel: self._get_model, RunTurn: self._run_turn})
+        handlers = {
+            GetModel: self._get_model,
+            RunTurn: self._run_turn,
+            Tokenize: self._tokenize,
+            Detokenize: self._detokenize,
+            ForgetTurns: self._forget_turns,
+        }
+        self.server = RpcServer(endpoint, "inference", handlers)
 
     def _since_first_turn_s(self) -> float:
         return time.monotonic() - self._first_turn_s
 
     async def _get_model(self, call: Call, message: GetModel) -> ModelInfo:
         return self.model
+
+    async def _tokenize(self, call: Call, asked: Tokenize) -> Tokenized:
+        tokens = render(asked.messages) if asked.messages else list(asked.text.encode())
+        return Tokenized(pack_tokens(tokens), tuple(map(chr, tokens)) if asked.want_strings else ())
+
+    async def _detokenize(self, call: Call, asked: Detokenize) -> Detokenized:
+        tokens = unpack_tokens(asked.tokens).tolist()
+        if max(tokens, default=0) > 255:
+            raise InvalidRequest(f"there is no token {max(tokens)}", param="tokens")
+        return Detokenized(bytes(tokens).decode("utf-8", "replace"))
+
+    async def _forget_turns(self, call: Call, message: ForgetTurns) -> TurnsForgotten:
+        """Every context has 10 bytes."""
+        self.forgotten += message.turn_keys
+        return TurnsForgotten(len(message.turn_keys), 10 * len(message.turn_keys))
 
     async def _run_turn(self, call: Call, turn: RunTurn) -> TurnDone:
         if not self.turns:
@@ -113,7 +157,7 @@ class ScriptedInference:
             raise from_wire(match[1], "as scripted", "messages" if "context" in match[1] else None)
         if (match := re.search(r"\[going ([\d.]+)\]", asked)) and self._since_first_turn_s() < float(match[1]):
             raise Cancelled("as scripted")
-        prompt = render(turn.messages)
+        prompt = render(turn.messages) if turn.prompt is None else list(turn.prompt.text.encode())
         if "[unstarted]" not in asked:
             await call.send(TurnStarted(len(prompt)))
         await self.hold.wait()
@@ -152,7 +196,13 @@ class ScriptedInference:
             pack_tokens(prompt) if turn.return_prompt_tokens else b"",
             prefill_s=0.001,
             settled=len(tokens) - (tokens[-1] == END),
+            **_dropped(asked, len(prompt) + len(tokens)),
         )
+
+
+def _dropped(asked: str, said: int) -> dict[str, Any]:
+    match = re.search(r"\[dropped (\d+)\]", asked)
+    return {"dropped_tokens": int(match[1]), "kept": ((int(match[1]), said),)} if match else {}
 
 
 def _final_text(tokens: Sequence[int], upto: int, total: int) -> str:
@@ -179,15 +229,43 @@ def _maybe_die(asked: str, at: int, resumed: int) -> None:
 
 
 class RecordingDaemon:
-    """A stand-in for kvdaemon that notes the hints."""
+    """A stand-in for kvdaemon that notes the hints, and what is erased; every context has 2 chunks of 10 bytes."""
 
     def __init__(self, endpoint: str) -> None:
         self.orders: list[tuple[bytes, ...]] = []
-        self.server = RpcServer(endpoint, "kvdaemon", {QueueOrder: self._queue_order})
+        self.anticipated: list[Anticipate] = []
+        self.erased: list[bytes] = []
+        self.stored: dict[bytes, int] = {}  # bytes by namespace
+        handlers = {
+            QueueOrder: self._queue_order,
+            Anticipate: self._anticipate,
+            MeasureNamespaces: self._measure,
+            DescribeTurns: self._describe_turns,
+            Erase: self._erase,
+        }
+        self.server = RpcServer(endpoint, "kvdaemon", handlers)
+
+    async def _describe_turns(self, call: Call, message: DescribeTurns) -> TurnsDescribed:
+        turns = tuple(TurnPlace(key, 8, 8, 4, 8, 1.5) for key in message.turn_keys)
+        return TurnsDescribed(turns, 10 * len(turns), 20 * len(turns), 0)
+
+    async def _erase(self, call: Call, message: Erase) -> ErasureReceipt:
+        if message.turn_key in self.erased:
+            raise InvalidRequest("no such turn")
+        self.erased.append(message.turn_key)
+        chunks = (new_id(), new_id())
+        return ErasureReceipt((message.turn_key,), chunks, 20, 30, chunks, 40, 1, 100, 50, 0, 0, 0)
 
     async def _queue_order(self, call: Call, message: QueueOrder) -> Ack:
         self.orders.append(message.turn_keys)
         return Ack()
+
+    async def _anticipate(self, call: Call, message: Anticipate) -> Ack:
+        self.anticipated.append(message)
+        return Ack()
+
+    async def _measure(self, call: Call, message: MeasureNamespaces) -> NamespacesMeasured:
+        return NamespacesMeasured(tuple(self.stored.get(namespace, 0) for namespace in message.namespaces))
 
 
 async def main(endpoint: str, max_running: int) -> None:

@@ -14,6 +14,7 @@ from tests.gateway.inference_peer import MODEL
 from tests.gateway.serving import ServedGateway, journaled, talk
 
 USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def _body(**fields: Any) -> dict[str, Any]:
@@ -50,10 +51,14 @@ def _check(reply: httpx.Response, status: int, param: str | None, code: str) -> 
         ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"messages": [USER] * 8193}, "messages"),
         ({"model": 5}, "model"),
         ({"model": None}, "model"),
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"n": "1"}, "n"),
         ({"n": 0}, "n"),
         ({"stream": "yes"}, "stream"),
@@ -77,7 +82,29 @@ def _check(reply: httpx.Response, status: int, param: str | None, code: str) -> 
         ({"seed": 2**63}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"return_token_ids": 1}, "return_token_ids"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "f f"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 2**16}}]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"priority": 101}, "priority"),
+        ({"priority": "high"}, "priority"),
+        ({"prompt_cache_key": 5}, "prompt_cache_key"),
+        ({"prompt_cache_retention": "1h"}, "prompt_cache_retention"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         ({"logit_bias": {"fifty": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
@@ -99,6 +126,7 @@ def _check(reply: httpx.Response, status: int, param: str | None, code: str) -> 
         ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": 1.1}, "min_p"),
+        ({"truncation": "none"}, "truncation"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -234,7 +262,7 @@ def test_failure_in_the_middle_of_a_stream(served: ServedGateway) -> None:
 def test_openai_client_sees_its_own_errors(served_once: ServedGateway) -> None:
     with served_once.openai() as client:
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], n=99)
         assert bad.value.param == "n"
         with pytest.raises(openai.NotFoundError) as missing:
             client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "x"}])

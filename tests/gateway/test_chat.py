@@ -45,6 +45,20 @@ def test_token_ids_are_returned_where_asked_for(served: ServedGateway) -> None:
     assert body["choices"][0]["token_ids"] == [*answer_to([message]), END]
 
 
+def test_truncation_is_passed_on_and_told(served: ServedGateway) -> None:
+    """Auto unless told otherwise; what the context has lost is reported, streamed or not."""
+    kept = served.chat("hi", truncation="disabled")["usage"]["cachedattention"]
+    assert (kept["dropped"], kept["kept"]) == (0, [])
+    usage = served.chat("hi [dropped 3]")["usage"]
+    said = usage["total_tokens"]
+    assert (usage["cachedattention"]["dropped"], usage["cachedattention"]["kept"]) == (3, [[3, said]])
+    streamed = {"messages": talk("hi [dropped 3]"), "stream": True, "stream_options": {"include_usage": True}}
+    *_, last, _ = _events(served.post({"model": MODEL, "truncation": "auto", **streamed}))
+    parts = json.loads(last)["usage"]["cachedattention"]
+    assert (parts["dropped"], parts["kept"]) == (3, [[3, said]])
+    assert [turn.truncation for turn in served.peer.turns] == ["disabled", "auto", "auto"]
+
+
 def test_second_turn_continues_the_first(served: ServedGateway) -> None:
     """A client that sends the whole history hits everything that the turn before left behind."""
     first = served.chat("one")
@@ -67,11 +81,12 @@ def test_editing_makes_a_branch(served: ServedGateway) -> None:
     served.chat("one", answer, "two")
     served.chat("one", answer, "two, edited")
     served.chat("one", "an answer that was never given", "two")
-    one, two, edited, foreign = journaled(served.data_dir)
+    served.chat("another one", answer, "two")
+    one, two, edited, corrected, foreign = journaled(served.data_dir)
     assert two.parent_id == edited.parent_id == one.id
-    assert foreign.parent_id is None
+    assert (corrected.conversation_id, corrected.parent_id) == (one.conversation_id, None)
+    assert len(corrected.messages) == 3
     assert foreign.conversation_id != one.conversation_id
-    assert len(foreign.messages) == 3
 
 
 def test_longest_known_prefix_wins(served: ServedGateway) -> None:
