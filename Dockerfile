@@ -38,7 +38,8 @@ ENV PATH=/opt/cachedattention/bin:$PATH \
     CACHEDATTENTION_RUN_DIR=/run/cachedattention \
     CACHEDATTENTION_HOST=0.0.0.0 \
     CACHEDATTENTION_METRICS_HOST=0.0.0.0 \
-    HF_HOME=/data/models/hub
+    HF_HOME=/data/models/hub \
+    NUMBA_CACHE_DIR=/data/models/kernels
 EXPOSE 8000 9101 9102
 ENTRYPOINT ["cachedattention"]
 CMD ["up"]

@@ -10,9 +10,11 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+PROMETHEUS := $(VENV)/prometheus
+BROWSER := $(VENV)/browser
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint types imports check format equality soak chaos kills damage churn compose-test bench test-gpu clean
+.PHONY: help run install prometheus browser screenshots dashboards dashboards-check test lint types imports check format test-stacks test-parts equality soak chaos kills damage churn compose-test bench test-gpu clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,8 +45,37 @@ $(INSTALLED_TEST): $(INSTALLED)
 	@$(PIP) install -e '.[test]' -c constraints.txt
 	@touch $@
 
-test: $(INSTALLED_TEST)  ## run the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+# Prometheus and promtool, for the tests of rules and dashboards. In CI they must be there; elsewhere those tests skip.
+$(PROMETHEUS): tests/monitoring/fetch
+	@echo "fetching Prometheus"
+	@tests/monitoring/fetch $@ && touch $@ || [ -z "$$CI" ]
+
+prometheus: $(PROMETHEUS)  ## Prometheus and promtool for the tests, from Debian
+
+# Chromium, for the tests of the page; likewise.
+$(BROWSER): tests/page/fetch
+	@echo "fetching Chromium"
+	@tests/page/fetch $@ && touch $@ || [ -z "$$CI" ]
+
+browser: $(BROWSER)  ## Chromium for the tests, from Debian
+
+screenshots: $(INSTALLED_TEST) $(BROWSER)  ## pictures of the page for the README
+	$(BIN)/python -m tests.page.screenshots docs/images
+
+dashboards: $(INSTALLED_TEST)  ## write Grafana's dashboards anew
+	$(BIN)/python monitoring/grafana/make_dashboards.py
+
+dashboards-check: dashboards  ## check them against Grafana's own types (needs npm)
+	tests/monitoring/grafana_types/check
+
+# Those that start whole stacks of processes run one after another, for two at once starve each other on two cores; the
+# others beside them.
+test: $(INSTALLED_TEST) $(PROMETHEUS) $(BROWSER)  ## run the tests (minutes)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-stacks test-parts
+
+# 5: ARGS choose none of these.
+test-stacks test-parts: test-%:
+	$(BIN)/python -m pytest --durations 15 -m "not slow and not gpu and $(if $(filter parts,$*),not )stack" $(ARGS) || [ $$? = 5 ]
 
 lint: $(INSTALLED_TEST)  ## formatting and lint
 	$(BIN)/ruff format --check .
@@ -90,4 +121,4 @@ test-gpu: $(INSTALLED_TEST)  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .cache/grafana_types *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

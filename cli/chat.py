@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from rich.console import Console
 from inference.embedded.small_talk import SUGGESTION
 from protocol.errors import ConfigError, PeerError, PeerUnavailable
 
+KEY_VARIABLE = "CACHEDATTENTION_API_KEY"
 _PATIENCE = httpx.Timeout(10.0, read=600.0)
 _HELP = "/new begins a new conversation · /system TEXT sets its system message · /quit leaves · Ctrl-C stops an answer"
 _PROMPT = "› "
@@ -201,7 +203,9 @@ def printable(text: str) -> str:
 
 def _client(url: str) -> httpx.Client:
     try:
-        return httpx.Client(base_url=url.rstrip("/"), timeout=_PATIENCE, trust_env=False)
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=url.rstrip("/"), timeout=_PATIENCE, trust_env=False, headers=headers)
     except httpx.InvalidURL as error:
         raise ConfigError(f"--url: {error}", param="url") from error
 

@@ -36,6 +36,7 @@ from kvdaemon.conversations import Relation, relation
 from protocol.arena import Geometry
 from protocol.errors import InvalidRequest, PeerError
 from protocol.ids import ROOT
+from protocol.lineage import kept_ranges
 from protocol.messages import (
     ChunkPlace,
     DescribeStore,
@@ -154,6 +155,7 @@ def _stat_turn(settings: Settings, turn: str, as_json: bool) -> None:
             return manifest, related, await store.locate(manifest.chunk_ids)
 
     manifest, related, places = asyncio.run(work())
+    tokens = len(manifest.token_ids) // 4
     if as_json:
         turns = [
             {
@@ -174,8 +176,9 @@ def _stat_turn(settings: Settings, turn: str, as_json: bool) -> None:
             {
                 "turn_key": manifest.turn_key,
                 "namespace": manifest.namespace,
-                "tokens": len(manifest.token_ids) // 4,
+                "tokens": tokens,
                 "kv_tokens": manifest.kv_tokens,
+                "kept": kept_ranges(tokens, manifest.truncations),
                 "text_characters": len(manifest.text),
                 "turns": turns,
                 "chunks": chunks,
@@ -183,9 +186,12 @@ def _stat_turn(settings: Settings, turn: str, as_json: bool) -> None:
         )
         return
     console = _results()
-    tokens = len(manifest.token_ids) // 4
     console.print(f"turn {manifest.turn_key.hex()}\nnamespace {manifest.namespace.hex()}")
-    console.print(f"{tokens:,} tokens, {manifest.kv_tokens:,} with KV, {len(manifest.text):,} characters of text\n")
+    console.print(f"{tokens:,} tokens, {manifest.kv_tokens:,} with KV, {len(manifest.text):,} characters of text")
+    if manifest.truncations:
+        kept = ", ".join(f"{start:,}-{end:,}" for start, end in kept_ranges(tokens, manifest.truncations))
+        console.print(f"truncated; in the context are the tokens {kept}")
+    console.print("")
     table = _table("turn", "", "tokens", "stored", "saved", "last hit")
     for kind, entry in related:
         table.add_row(

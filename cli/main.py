@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +19,7 @@ from cli.keys import make_keys
 from cli.options import with_settings
 from cli.places import prepare
 from cli.settings import Settings
-from monitoring import logs
+from monitoring import logs, traces
 from protocol.errors import CachedAttentionError
 
 app = typer.Typer(
@@ -35,7 +37,7 @@ app.add_typer(kv.app, name="kv")
 Parent = Annotated[int, typer.Option("--parent", hidden=True)]
 Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="The server.", show_default="--host and --port")]
 
-_LOGS = ("log_level", "log_format")
+_LOGS = ("log_level", "log_format", "otlp_endpoint")
 _LINKS = ("data_dir", "run_dir", "inference_endpoint", "workers", "kvdaemon_endpoint", "keys", *_LOGS)
 
 
@@ -56,20 +58,36 @@ def up(
 
 
 @app.command()
-@with_settings("host", "port", "queue_limit", "database_url", *_LINKS)
+@with_settings(
+    *(
+        "host",
+        "port",
+        "api_keys",
+        "api_key_hashes",
+        "anonymous",
+        "tls_certificate",
+        "tls_key",
+        "no_page",
+        "cors_origins",
+    ),
+    *("queue_limit", "queue_policy", "turn_timeout", "max_body", "database_url", *_LINKS),
+)
 def gateway(settings: Settings, parent: Parent = 0) -> int:
     """Run the gateway alone: the REST API and the queue."""
     config = settings.gateway_config()
     _enter_service("gateway", settings, parent)
-    from gateway.service import run as serve
+    with _for_good():
+        from gateway.service import run as serve
 
     return serve(config)
 
 
 @app.command()
 @with_settings(
-    *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "working_kv", "retain"),
-    *("max_running", "step_tokens", "step_stretch"),
+    *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "working_kv", "paged", "retain"),
+    *("max_running", "step_tokens", "step_stretch", "stream_interval"),
+    *("truncation_ratio", "keep_system", "keep_first", "overflow"),
+    *("load_or_compute", "no_preload", "read_buffer", "save", "write_buffer", "link_bandwidth"),
     *("metrics_host", "metrics_port_inference", *_LINKS),
 )
 def inference(
@@ -80,21 +98,24 @@ def inference(
     """Run inference alone: the model."""
     config = settings.inference_config(worker)
     _enter_service(f"inference-{worker}" if settings.workers > 1 else "inference", settings, parent)
-    from inference.openmp import ENVIRONMENT
+    from inference.environment import for_torch
 
-    os.environ.update({**ENVIRONMENT, **os.environ})
-    from inference.service import run as serve
+    with _for_good(), for_torch(worker, settings.workers):
+        from inference.service import run as serve
 
     return serve(config)
 
 
 @app.command()
-@with_settings("dram", "ssd", "placement", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS)
+@with_settings(
+    "dram", "ssd", "ssd_write_budget", "placement", "verify", "metrics_host", "metrics_port_kvdaemon", *_LINKS
+)
 def kvdaemon(settings: Settings, parent: Parent = 0) -> int:
     """Run kvdaemon alone: the store of DRAM and SSD."""
     config = settings.kvdaemon_config()
     _enter_service("kvdaemon", settings, parent)
-    from kvdaemon.service import run as serve
+    with _for_good():
+        from kvdaemon.service import run as serve
 
     return serve(config)
 
@@ -195,17 +216,74 @@ def simulate(
 
 
 @app.command()
+@with_settings("model", "dtype", "chunk_tokens")
+def size(
+    settings: Settings,
+    conversations_per_hour: Annotated[float, typer.Option(metavar="N", help="That begin.")],
+    turns: Annotated[int, typer.Option(metavar="N", help="Of a conversation.")] = 8,
+    turn_tokens: Annotated[int, typer.Option(metavar="N", help="Question and answer, in tokens.")] = 400,
+    think_time: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between an answer and the next turn, mean.")
+    ] = 60,
+    dram_share: Annotated[float, typer.Option(help="Of the follow-ups that shall find their history in DRAM.")] = 0.95,
+    keep: Annotated[float, typer.Option(metavar="HOURS", help="For which SSD keeps a conversation.")] = 24,
+    max_context: Annotated[int, typer.Option(metavar="N", min=1, help="Longest context in tokens.")] = 131_072,
+    kv_bytes_per_token: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of all layers.", show_default="by the model's config.json")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how much DRAM and SSD a load needs."""
+    from cli.size import Load, as_json, plan_size, read_config, report, token_bytes
+
+    load = Load(conversations_per_hour, turns, turn_tokens, think_time, dram_share, keep * 3600)
+    kv_bytes = kv_bytes_per_token or token_bytes(read_config(settings.model), settings.dtype)
+    need = plan_size(load, kv_bytes, max_context, settings.chunk_tokens)
+    typer.echo(as_json(need, kv_bytes) if json else report(load, need, kv_bytes))
+
+
+@app.command()
 def keys(directory: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
     """Make a pair of CURVE keys for services on several machines."""
     make_keys(directory)
     typer.echo(f"Copy {directory} to each machine, readable to the services only, and give them --keys {directory}.")
 
 
+@app.command(name="api-key")
+def api_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of --api-keys; made if it is not there.")],
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Whose it is, for people.")],
+    tenant: Annotated[str, typer.Option(metavar="TEXT", help="Whose conversations it sees.")] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May use /admin.")] = False,
+) -> None:
+    """Make an API key, show it once, and add its digest to a file."""
+    from cli.keys import add_api_key
+
+    typer.echo(add_api_key(file, name, tenant, admin=admin))
+    typer.echo(f"It is shown only now. {file} holds its digest; restart the gateway with --api-keys {file}.", err=True)
+
+
 def _enter_service(name: str, settings: Settings, parent: int) -> None:
     if parent:
         die_with(parent)
     logs.configure(name, settings.log_level, settings.log_format)
+    traces.configure(name, settings.otlp_endpoint)
     prepare(settings.data_dir, settings.run_dir)
+
+
+@contextmanager
+def _for_good() -> Iterator[None]:
+    """Import with the garbage collector off, and keep from it what is there then.
+
+    Modules live as long as the process. The collector would walk through those of torch and transformers again and
+    again: for a second while they come, for another at the end, and in full collections while turns run.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run() -> None:

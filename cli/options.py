@@ -55,24 +55,36 @@ def _option(name: str) -> inspect.Parameter:
     text = (field.description or "").replace("[", "\\[")
     text = text[0].upper() + text[1:] + "."
     if field.annotation is bool:
+        if field.default:
+            flag += f"/--no-{flag.removeprefix('--')}"
         option = typer.Option(flag, help=text, show_default=False)
         annotation: Any = Annotated[bool | None, option]
     else:
         if field.default not in (None, PydanticUndefined):
             default = format_size(field.default) if _is_size(name) else field.default
             text += f" \\[default: {default}]"
-        annotation = Annotated[str | None, typer.Option(flag, metavar=_metavar(name), help=text, show_default=False)]
+        annotation = Annotated[str | None, typer.Option(flag, metavar=metavar(name), help=text, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _is_size(name: str) -> bool:
-    return any(isinstance(rule, BeforeValidator) for rule in Settings.model_fields[name].metadata)
+    field = Settings.model_fields[name]
+    rules = [
+        *field.metadata,
+        *(rule for part in get_args(field.annotation) for rule in getattr(part, "__metadata__", ())),
+    ]
+    return any(isinstance(rule, BeforeValidator) for rule in rules)
 
 
-def _metavar(name: str) -> str:
+def metavar(name: str) -> str:
+    """What stands for a setting's value."""
     annotation = Settings.model_fields[name].annotation
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if _is_size(name):
         return "SIZE"
-    return "N" if annotation in (int, int | None) else "DIR" if name.endswith("dir") else "TEXT"
+    if name in ("api_keys", "tls_certificate", "tls_key"):
+        return "FILE"
+    if annotation in (int, int | None, float):
+        return "N"
+    return "DIR" if name.endswith("dir") or name == "keys" else "TEXT"

@@ -18,7 +18,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cli.keys import load_keys
 from cli.sizes import parse_size
+from gateway.api_keys import load_api_keys
 from gateway.config import GatewayConfig
+from gateway.queue_policies import PolicyName as QueuePolicyName
 from inference.config import InferenceConfig
 from kvdaemon.config import KvDaemonConfig, PolicyName
 from monitoring.logs import LogFormat
@@ -38,6 +40,12 @@ def _size(value: object) -> object:
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _http_url(value: str | None) -> str | None:
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is no URL such as http://127.0.0.1:4318")
+    return value
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
@@ -85,22 +93,60 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="number format of weights and KV")
     max_context: int | None = Field(None, ge=1, description="longest context in tokens; the model's own if not given")
     chunk_tokens: int = Field(256, ge=1, description="tokens in a chunk, the unit of storage")
+    truncation_ratio: float = Field(
+        0.5, gt=0, le=1, description="a full context loses so much of --max-context, its oldest part, by whole chunks"
+    )
+    keep_system: bool = Field(True, description="a full context never loses the system messages at its beginning")
+    keep_first: int = Field(0, ge=0, description="a full context never loses so many tokens at its beginning")
+    overflow: Literal["keep", "recompute"] = Field(
+        "keep", description="KV of what a full context does not lose; recompute is a baseline for measurements"
+    )
     workers: int = Field(1, ge=1, le=64, description="inference processes that serve the model together")
     no_reuse: bool = Field(False, description="recompute all history: the baseline of comparisons")
     working_kv: Size | None = Field(
         None, description="KV on the device, of running and finished turns; half of the free memory if not given"
     )
+    paged: bool = Field(False, description="keep working KV in pages on the CPU, too, as on CUDA; slower, for tests")
     retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device, as part of --working-kv")
     max_running: int = Field(32, ge=1, description="turns that run at once, if there is memory for them")
     step_tokens: int = Field(512, ge=1, description="most tokens computed in one step")
     step_stretch: float = Field(
-        2.0, gt=1, description="while turns decode, a step takes so many times as long with prompts as without"
+        2.5, gt=1, description="a step with prompts takes so many times as long as one in which all turns decode"
+    )
+    stream_interval: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="seconds for which tokens of a streamed answer are gathered; the first, and slow ones, go at once",
+    )
+    load_or_compute: Literal["auto", "load"] = Field(
+        "auto", description="compute history again where that is sooner done than loading it, or always load"
+    )
+    no_preload: bool = Field(False, description="load all history before computing: the baseline of comparisons")
+    read_buffer: Size | None = Field(
+        None, description="KV loaded ahead for waiting turns, such as 64MiB; by measured rates if not given"
+    )
+    save: Literal["async", "sync"] = Field("async", description="save while computing, or before a turn is done")
+    write_buffer: Size = Field(GIB, description="KV of finished turns that are not saved yet; further turns end later")
+    link_bandwidth: Size = Field(
+        0,
+        description="slow the link between arena and device to so many bytes per second, for measurements; 0: no limit",
     )
     placement: PolicyName = Field(
         "anticipating", description="what stays in DRAM and on SSD when they are full; scheduler-aware is the paper's"
     )
     verify: Literal["sample", "always"] = Field("sample", description="which loads from DRAM check their checksums")
     queue_limit: int = Field(256, ge=1, description="turns that may wait; further ones are answered 429")
+    queue_policy: QueuePolicyName = Field("fcfs", description="which of the waiting turns is next")
+    turn_timeout: float = Field(600.0, gt=0, description="most seconds from a request's arrival to its last token")
+    max_body: Size = Field(4 * MIB, description="largest request, such as 4MiB")
+    api_keys: Directory | None = Field(None, description="file of API keys; see `cachedattention api-key`")
+    api_key_hashes: str = Field("", description="API keys as NAME=SHA256[=admin], separated by commas")
+    anonymous: bool = Field(False, description="without API keys, serve other machines too")
+    tls_certificate: Directory | None = Field(None, description="PEM file of the API's certificate and its chain")
+    tls_key: Directory | None = Field(None, description="PEM file of its key")
+    no_page: bool = Field(False, description="do not serve the web page at /")
+    cors_origins: str = Field("", description="origins whose pages may use the API, separated by commas; * is all")
     database_url: str | None = Field(None, description="SQLAlchemy URL of the journal; SQLite in data-dir if not given")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address of the services' /metrics and /ready")
     metrics_port_inference: Port = Field(
@@ -119,6 +165,9 @@ class Settings(BaseModel):
     keys: Directory | None = Field(None, description="directory of CURVE keys, for tcp endpoints between machines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
     log_format: LogFormat = Field("text", description="form of log lines")
+    otlp_endpoint: Annotated[str | None, AfterValidator(_http_url)] = Field(
+        None, description="OTLP/HTTP collector that gets traces, such as http://127.0.0.1:4318; none if not given"
+    )
 
     @classmethod
     def load(cls, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Self:
@@ -158,7 +207,8 @@ class Settings(BaseModel):
 
     def url(self) -> str:
         """Where to reach the gateway."""
-        return f"http://{reachable(self.host)}:{self.port}"
+        scheme = "http" if self.tls_certificate is None else "https"
+        return f"{scheme}://{reachable(self.host)}:{self.port}"
 
     def inference_endpoints(self) -> tuple[str, ...]:
         """One for each worker. Raises ConfigError: the configured one cannot be numbered."""
@@ -193,6 +243,17 @@ class Settings(BaseModel):
             kvdaemon_endpoint=self.kvdaemon_endpoint,
             database_url=self.database_url,
             queue_limit=self.queue_limit,
+            queue_policy=self.queue_policy,
+            api_keys=load_api_keys(self.api_keys, self.api_key_hashes),
+            api_key_file=self.api_keys,
+            api_key_hashes=self.api_key_hashes,
+            anonymous=self.anonymous,
+            tls_certificate=self.tls_certificate,
+            tls_key=self.tls_key,
+            page=not self.no_page,
+            cors_origins=tuple(filter(None, (origin.strip() for origin in self.cors_origins.split(",")))),
+            max_body_bytes=self.max_body,
+            turn_timeout_s=self.turn_timeout,
             curve=self.curve(),
         )
 
@@ -209,12 +270,24 @@ class Settings(BaseModel):
             dtype=self.dtype,
             max_context=self.max_context,
             chunk_tokens=self.chunk_tokens,
+            truncation_ratio=self.truncation_ratio,
+            keep_system=self.keep_system,
+            keep_first=self.keep_first,
+            overflow=self.overflow,
             reuse=not self.no_reuse,
             working_kv_bytes=self.working_kv,
+            paged=self.paged,
             retain_bytes=self.retain,
             max_running=self.max_running,
             step_tokens=self.step_tokens,
             step_stretch=self.step_stretch,
+            stream_interval_s=self.stream_interval,
+            load_or_compute=self.load_or_compute,
+            preload=not self.no_preload,
+            read_buffer_bytes=self.read_buffer,
+            save=self.save,
+            write_buffer_bytes=self.write_buffer,
+            link_bandwidth=self.link_bandwidth,
             metrics_host=self.metrics_host,
             metrics_port=self.metrics_port_inference,
             curve=self.curve(),
@@ -256,6 +329,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if not variable.startswith(PREFIX):
             continue
         key = variable.removeprefix(PREFIX).lower()
+        if key == "api_key":  # a client's, not a setting; see chat.py
+            continue
         if key not in Settings.model_fields and key != "config":
             raise _unknown(variable, key, [PREFIX + name.upper() for name in _matches(key)])
         if value:

@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
     if match is None or unit is None:
         raise ValueError(f"{text!r} is no size; write 512MiB, 2GB or a number of bytes")
     # Whole numbers stay exact; a float has no more than 53 bits.
-    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    return int(float(match[1]) * unit + 0.5) if "." in match[1] else int(match[1]) * unit
 
 
 def format_size(count: float) -> str:

@@ -9,6 +9,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
 _TIERS = ("hbm", "dram", "ssd", "computed")
 _OUTCOMES = ("done", "failed", "cancelled")
+_MISSES = (  # as messages.TurnUsage lists them
+    *("evicted", "unknown", "no_capacity", "manifest_lost", "daemon_unavailable", "corrupt", "revoked"),
+    *("load_failed", "text_changed", "reuse_off", "computing_was_cheaper"),
+)
 _PREFIX = "cachedattention"
 
 
@@ -32,6 +36,7 @@ class GatewayMetrics:
         self.tpot = histogram("tpot_seconds", "Mean time per token after the first, one sample a turn")
         self.queue_wait = histogram("queue_wait_seconds", "Time in the queue before the first dispatch")
         self.queue_depth = gauge("queue_depth", "Turns that wait")
+        self.queue_limit = gauge("queue_limit", "Turns that may wait; further ones are refused")
         self.running_jobs = gauge("running_jobs", "Turns at inference")
         self.conversations = gauge("conversations", "Conversations in the journal")
         self.inference_workers = gauge("inference_workers", "Inference processes that there should be")
@@ -45,8 +50,17 @@ class GatewayMetrics:
         self._turns = counter("turns_total", "Turns by how they ended", "status")
         self._retries = counter("turn_retries_total", "Turns that were run again because inference went away")
         self._requests = counter("requests_total", "HTTP requests", "route", "code")
+        self._tenant_turns = counter("tenant_turns_total", "Turns by tenant and how they ended", "tenant", "status")
+        self._tenant_tokens = counter(
+            "tenant_tokens_total",
+            "Tokens by tenant: cached and computed ones of prompts, and generated",
+            "tenant",
+            "kind",
+        )
         for tier in _TIERS:  # a rate over a series that appears with its first event misses that event
             self._prompt_tokens.labels(tier)
+        for reason in _MISSES:
+            self._missed_tokens.labels(reason)
         for status in _OUTCOMES:
             self._turns.labels(status)
 
@@ -63,6 +77,13 @@ class GatewayMetrics:
 
     def observe_turn(self, status: str) -> None:
         self._turns.labels(status).inc()
+
+    def observe_tenant(self, tenant: str, status: str, cached: int = 0, computed: int = 0, generated: int = 0) -> None:
+        """tenant: its name in the API keys, which bounds how many there are; empty where there are no keys."""
+        name = tenant or "anonymous"
+        self._tenant_turns.labels(name, status).inc()
+        for kind, tokens in (("cached", cached), ("computed", computed), ("generated", generated)):
+            self._tenant_tokens.labels(name, kind).inc(tokens)
 
     def observe_retry(self) -> None:
         self._retries.inc()

@@ -21,7 +21,7 @@ class InferenceMetrics:
         )
         self.load_seconds = Histogram(
             "cachedattention_load_seconds",
-            "Time from the start to the end of loading a turn's history into working KV, by slowest tier",
+            "Time that loading a turn's history into working KV took, waiting for the SSD included, by slowest tier",
             ["tier"],
             buckets=_SECONDS,
             registry=registry,
@@ -36,6 +36,18 @@ class InferenceMetrics:
             "cachedattention_overlap_ratio",
             "Part of a turn's loading time that ran under computation",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0),
+            registry=registry,
+        )
+        self.load_or_compute = Counter(
+            "cachedattention_load_or_compute",
+            "Histories found in the store, by what was done: load, compute, or both from its two ends",
+            ["choice"],
+            registry=registry,
+        )
+        self.load_or_compute_seconds = Counter(
+            "cachedattention_load_or_compute_estimated_seconds",
+            "Estimated time to the first token of the histories above: as chosen, had all been loaded, all computed",
+            ["option"],
             registry=registry,
         )
         self.prefill_seconds_saved = Counter(
@@ -64,6 +76,15 @@ class InferenceMetrics:
         )
         self._steps_by_kind = {kind: self._step_seconds.labels(kind) for kind in ("decode", "prefill", "mixed")}
         self._tokens_by_phase = {phase: self._step_tokens.labels(phase) for phase in ("decode", "prefill")}
+        # A rate over a series that appears with its first event misses that event.
+        for tier in ("dram", "ssd"):
+            self.load_seconds.labels(tier)
+        for choice in ("load", "both", "compute"):
+            self.load_or_compute.labels(choice)
+        for option in ("chosen", "load", "compute"):
+            self.load_or_compute_seconds.labels(option)
+        for reason in ("load_failed", "revoked", "corrupt"):
+            self.load_failures.labels(reason)
         self.admission_seconds = Histogram(
             "cachedattention_admission_seconds",
             "Time that turns waited for working KV",
@@ -74,6 +95,12 @@ class InferenceMetrics:
             "cachedattention_preemptions",
             "Times that a turn gave its working KV to one earlier in order, and went on later",
             registry=registry,
+        )
+        self.truncations = Counter(
+            "cachedattention_context_truncations", "Times that a full context lost its oldest part", registry=registry
+        )
+        self.dropped_tokens = Counter(
+            "cachedattention_dropped_tokens", "Tokens that full contexts lost", registry=registry
         )
         self._running = Gauge(
             "cachedattention_engine_running_jobs",
@@ -93,6 +120,30 @@ class InferenceMetrics:
         )
         self._backlog = Gauge(
             "cachedattention_save_backlog", "Finished turns that wait in the write buffer", registry=registry
+        )
+        self._write_buffer = Gauge(
+            "cachedattention_write_buffer_bytes",
+            "Working KV of finished turns that are not saved yet",
+            registry=registry,
+        )
+        self._link = Gauge(
+            "cachedattention_load_bytes_per_second",
+            "Measured rate of loading KV, rotation of keys included, by tier; 0: not measured",
+            ["tier"],
+            registry=registry,
+        )
+        self._prefill_token = Gauge(
+            "cachedattention_prefill_token_seconds",
+            "Measured time to compute a token without a past",
+            registry=registry,
+        )
+        self._prefill_pair = Gauge(
+            "cachedattention_prefill_pair_seconds",
+            "Measured further time for each earlier token that a token attends to",
+            registry=registry,
+        )
+        self._prefill_step = Gauge(
+            "cachedattention_prefill_step_seconds", "Measured time of a step, however few its tokens", registry=registry
         )
         self._retained = Gauge(
             "cachedattention_retained_bytes", "Working KV of finished turns kept on the device", registry=registry
@@ -118,6 +169,12 @@ class InferenceMetrics:
         self._working_kv.set_function(sources["working_kv_bytes"])
         self._working_kv_capacity.set_function(sources["working_kv_capacity_bytes"])
         self._backlog.set_function(sources["backlog"])
+        self._write_buffer.set_function(sources["write_buffer_bytes"])
+        for tier in ("dram", "ssd"):
+            self._link.labels(tier).set_function(sources[f"{tier}_bytes_per_s"])
+        self._prefill_token.set_function(sources["prefill_token_s"])
+        self._prefill_step.set_function(sources["prefill_step_s"])
+        self._prefill_pair.set_function(sources["prefill_pair_s"])
         self._retained.set_function(sources["retained_bytes"])
         self._spare.set_function(sources["spare_bytes"])
         self._store_up.set_function(sources["store_connected"])

@@ -14,7 +14,7 @@ class KvDaemonMetrics:
     """Methods may be called from any thread and cost about a microsecond."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+        self.registry = registry
         self._tier_gauges: dict[str, Gauge] = {}
         self._evictions = Counter(
             "cachedattention_evictions_total", "Chunks that left a tier", ["tier", "reason"], registry=registry
@@ -85,6 +85,21 @@ class KvDaemonMetrics:
         self._save = Histogram(
             "cachedattention_save_seconds", "Time to write one chunk to SSD", buckets=_SECONDS, registry=registry
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A rate over a series that appears with its first event misses that event."""
+        for tier in ("dram", "ssd"):
+            for counter in (self._written, self._reused, self._scrubbed):
+                counter.labels(tier)
+        for reason in ("fetch", "save", "unsaved", "declined"):
+            self._evictions.labels("dram", reason)
+        self._evictions.labels("ssd", "capacity")
+        for outcome in ("started", "used", "wasted", "failed"):
+            self._prefetch.labels(outcome)
+        for where in ("dram", "ssd", "adoption", "arena", "ssd_database", "ssd_record"):
+            self._corrupt.labels(where)
+        self._load.labels("ssd")
 
     def evicted(self, tier: str, reason: str) -> None:
         self._evictions.labels(tier, reason).inc()
@@ -114,7 +129,7 @@ class KvDaemonMetrics:
         return self._ssd_written_bytes / self._ssd_reused_bytes
 
     def corrupt(self, where: str, count: int = 1) -> None:
-        """where: "dram", "ssd", "adoption", "arena" or "ssd_database"."""
+        """where: "dram", "ssd", "adoption", "arena", "ssd_database" or "ssd_record"."""
         self._corrupt.labels(where).inc(count)
 
     def scrubbed(self, tier: str, size_bytes: int) -> None:
@@ -148,9 +163,9 @@ class KvDaemonMetrics:
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge without labels, read when scraped, from the scraping thread."""
-        Gauge(f"cachedattention_{name}", text, registry=self._registry).set_function(read)
+        Gauge(f"cachedattention_{name}", text, registry=self.registry).set_function(read)
 
     def _tier_gauge(self, name: str, text: str) -> Gauge:
         if name not in self._tier_gauges:
-            self._tier_gauges[name] = Gauge(f"cachedattention_{name}", text, ["tier"], registry=self._registry)
+            self._tier_gauges[name] = Gauge(f"cachedattention_{name}", text, ["tier"], registry=self.registry)
         return self._tier_gauges[name]

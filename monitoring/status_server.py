@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +67,8 @@ class StatusServer:
         self._thread.start()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # where only a connected socket can be shut down
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which looks twice a second else
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(2.0)

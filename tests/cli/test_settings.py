@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from cli.keys import make_keys
+from cli.options import with_settings
 from cli.settings import PREFIX, Settings, default_run_dir, reachable
 from cli.sizes import format_size, parse_size
 from protocol.errors import ConfigError
@@ -89,6 +92,16 @@ def test_an_empty_variable_counts_as_absent() -> None:
 
 def test_variables_of_others_are_no_concern_of_ours() -> None:
     assert load({}, {"PATH": "/bin", "CACHED": "1"}) == load()
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("--keep-system", True), ("--no-keep-system", False)])
+def test_what_is_on_by_default_can_be_switched_off(flag: str, kept: bool) -> None:
+    given: list[bool] = []
+    app = typer.Typer()
+    app.command()(with_settings("keep_system")(lambda settings: given.append(settings.keep_system)))
+    result = CliRunner().invoke(app, [flag])
+    assert result.exit_code == 0, result.output
+    assert given == [kept]
 
 
 # -- errors --------------------------------------------------------------------------------------------------
