@@ -17,8 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from inference.environment import for_torch
+
+with for_torch():
+    import torch
+
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -66,6 +70,9 @@ class Recorder:
 
     def on_done(self, job: Job) -> None:
         self.ended.set()
+
+    def on_context_full(self, job: Job) -> None:
+        raise RuntimeError("a context was full")
 
     def on_preempted(self, job: Job) -> None:
         self.on_failed(job, RuntimeError("preempted"))
@@ -159,7 +166,7 @@ def main(
     long_prompts: Annotated[int, typer.Option(help="Long prompts, one after another.")] = 2,
     long_tokens: Annotated[int, typer.Option(help="Length of a long prompt.")] = 1500,
     step_tokens: Annotated[int, typer.Option(help="Token budget of a step.")] = 512,
-    stretch: Annotated[float, typer.Option(help="As --step-stretch.")] = 2.0,
+    stretch: Annotated[float, typer.Option(help="As --step-stretch.")] = 2.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
 ) -> None:
     """Measure throughput and TPOT of jobs that decode together, with and without long prompts arriving."""

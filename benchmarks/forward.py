@@ -10,7 +10,6 @@ the rate of memory, and to multiply at the rate of a large product by oneDNN; bo
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -19,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from inference.openmp import ENVIRONMENT
+from inference.environment import for_torch
 
-os.environ.update({**ENVIRONMENT, **os.environ})
+with for_torch():
+    import torch
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -75,8 +74,9 @@ class Ours:
         segments = []
         for _ in range(case.jobs):
             kv = WorkingKv(buffers, case.past + case.new)
-            kv.keys.normal_()
-            kv.values.normal_()
+            for rows in kv.rows:
+                rows.keys.normal_()
+                rows.values.normal_()
             kv.begin(case.past, case.past, case.past + case.new)
             segments.append(Segment(kv, torch.arange(case.new)))
         return lambda: self._run(model, segments)

@@ -1,11 +1,14 @@
-"""Time to first token of a turn with its history in DRAM, on SSD, and recomputed.
+"""Time to first token of a turn with its history in working KV, in DRAM, on SSD, and recomputed.
 
-    python -m benchmarks.turns [--model DIR] [--json FILE]
+    python -m benchmarks.turns [--model DIR] [--dtype bfloat16] [--json FILE]
 
-Plays the same conversations through the whole system over HTTP, three times: with reuse (history in DRAM), with
-reuse and cold DRAM (history on SSD only, page cache dropped), and with --no-reuse (the same engine, recomputing).
-A turn's history is grown to `--history` tokens first; the measured turns add `--new` tokens each. Ratios are of
-medians within one run; the three stacks run one after another on the same machine.
+Plays the same conversations through the whole system over HTTP, four times: with the history retained in working KV
+(so that only the new tokens are computed), with it in DRAM, with cold DRAM (history on SSD only, page cache dropped),
+and with --no-reuse (the same engine, recomputing). A turn's history is grown to `--history` tokens first; the measured
+turns add `--new` tokens each. Ratios are of medians within one run; stacks run one after another on the same machine.
+
+A fifth stack loads without computing meanwhile (--no-preload): what loading takes alone. With history in DRAM a turn is
+held to 1.10 times the longer of the two, loading alone and computing alone.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -28,7 +33,8 @@ from benchmarks.models import bench_88m
 from benchmarks.stack import Stack, running_stack
 
 Mode = Literal["hbm", "dram", "ssd", "recompute"]  # where a turn's history comes from
-MODES: tuple[Mode, ...] = ("dram", "ssd", "recompute")
+MODES: tuple[Mode, ...] = ("hbm", "dram", "ssd", "recompute")
+HELD_TO = 1.10  # of the longer one of loading alone and computing alone
 _TEMPLATE_TOKENS = 4  # of one more user message in the benchmark's chat template
 
 
@@ -112,11 +118,24 @@ def ask(stack: Stack, messages: list[dict[str, Any]], answer_tokens: int) -> Rep
     return Reply(ttft_s, answer, usage)
 
 
-def measure(mode: Mode, model: Path | str, repeats: int, turns: int, history: int, new: int, step: Any) -> list[Turn]:
-    """Play the conversations in one mode. Raises RuntimeError: a turn did not get its history from where it should."""
+def measure(
+    mode: Mode,
+    model: Path | str,
+    repeats: int,
+    turns: int,
+    history: int,
+    new: int,
+    step: Any,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[list[Turn], float]:
+    """Play the conversations in one mode. Returns the turns, and seconds of loading per turn.
+
+    Raises RuntimeError: a turn did not get its history from where it should.
+    """
     answer_tokens = 8
     found: list[Turn] = []
-    with running_stack(model, log_level="warning", **settings_of(mode)) as stack:
+    loaded_s = 0.0
+    with running_stack(model, log_level="warning", **settings_of(mode), **settings) as stack:
         warm = Conversation(stack, "warm-up")
         for _ in range(2):
             warm.say(300, answer_tokens)
@@ -125,15 +144,23 @@ def measure(mode: Mode, model: Path | str, repeats: int, turns: int, history: in
             conversation.say(history - answer_tokens - _TEMPLATE_TOKENS, answer_tokens)
             for turn in range(turns):
                 settle(stack, mode)
+                before_s = _loading_s(stack)
                 reply = conversation.say(new - _TEMPLATE_TOKENS, answer_tokens)
                 found.append(measured(mode, repeat, turn, reply))
+                loaded_s += _loading_s(stack) - before_s
                 step()
-    return found
+    return found, loaded_s / len(found)
+
+
+def _loading_s(stack: Stack) -> float:
+    metrics = stack.metrics("inference")
+    return sum(value for name, value in metrics.items() if name.startswith("cachedattention_load_seconds_sum"))
 
 
 def settings_of(mode: Mode) -> dict[str, str]:
-    """How the services run. Working KV is not retained unless it is what is measured."""
-    settings = {"dram": "1GiB", "ssd": "8GiB", "no_reuse": str(mode == "recompute").lower()}
+    """How the services run. Working KV is not retained unless it is what is measured; what is saved is loaded."""
+    reuse = {"no_reuse": "true"} if mode == "recompute" else {"load_or_compute": "load"}
+    settings = {"dram": "1GiB", "ssd": "8GiB", **reuse}
     return settings if mode == "hbm" else {**settings, "retain": "0"}
 
 
@@ -191,6 +218,13 @@ def summarize(turns: list[Turn]) -> dict[str, Any]:
     return summary
 
 
+def overlap(summary: dict[str, Any], load_alone_s: float) -> dict[str, float]:
+    """How well loading and computing overlap with history in DRAM, by the time from admission to first token."""
+    compute_s, both_s = summary["hbm"]["prefill_s_median"], summary["dram"]["prefill_s_median"]
+    longer_s = max(load_alone_s, compute_s)
+    return {"load_alone_s": load_alone_s, "compute_alone_s": compute_s, "both_s": both_s, "ratio": both_s / longer_s}
+
+
 def tabulate(title: str, summary: dict[str, Any]) -> Table:
     """The summary to look at."""
     table = Table(title=title)
@@ -207,8 +241,8 @@ def tabulate(title: str, summary: dict[str, Any]) -> Table:
     return table
 
 
-def write_json(path: Path, module: str, summary: dict[str, Any], turns: list[Turn]) -> None:
-    """Every figure, with the command and the machine that made it."""
+def write_json(path: Path, module: str, summary: dict[str, Any], turns: Sequence[Any]) -> None:
+    """Every figure, with the command and the machine that made it. turns: dataclasses, one for each measurement."""
     record = {
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "machine": {"cpu": _cpu(), "python": platform.python_version()},
@@ -225,21 +259,28 @@ def main(
     new: Annotated[int, typer.Option(help="New tokens of each measured turn.")] = 64,
     turns: Annotated[int, typer.Option(help="Measured turns per conversation.")] = 3,
     repeats: Annotated[int, typer.Option(help="Conversations per mode.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV: float32 or bfloat16.")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
 ) -> None:
-    """Measure the time to first token with history from DRAM, from SSD and recomputed."""
+    """Measure the time to first token with history from working KV, from DRAM, from SSD and recomputed."""
     console = Console()
     directory = Path(model) if model else bench_88m()
     found: list[Turn] = []
     with Progress(console=console) as progress:
-        task = progress.add_task("turns", total=len(MODES) * repeats * turns)
+        task = progress.add_task("turns", total=(len(MODES) + 1) * repeats * turns)
+        size, step = (repeats, turns, history, new), lambda: progress.advance(task)
         for mode in MODES:
             progress.update(task, description=f"turns, {mode}")
-            found += measure(mode, directory, repeats, turns, history, new, lambda: progress.advance(task))
+            found += measure(mode, directory, *size, step, {"dtype": dtype})[0]
+        progress.update(task, description="loading alone")
+        _, load_alone_s = measure("dram", directory, *size, step, {"dtype": dtype, "no_preload": "true"})
     summary = summarize(found)
-    console.print(tabulate(f"{directory.name}: {history} tokens of history, {new} new", summary))
+    console.print(tabulate(f"{directory.name}, {dtype}: {history} tokens of history, {new} new", summary))
+    found_overlap = overlap(summary, load_alone_s)
+    told = {name: f"{value * 1e3:.1f} ms" for name, value in found_overlap.items() if name.endswith("_s")}
+    console.print(f"{told}: {found_overlap['ratio']:.2f} of the longer, held to {HELD_TO}")
     if json_file is not None:
-        write_json(json_file, "benchmarks.turns", summary, found)
+        write_json(json_file, "benchmarks.turns", {**summary, "overlap": found_overlap}, found)
 
 
 def _cpu() -> str:

@@ -87,7 +87,7 @@ async def _acquire_round(side: EngineSide, request: Acquire, calls: int) -> list
     seconds = []
     for _ in range(calls):
         started = time.perf_counter()
-        lease, reason = await side.store.acquire(request)
+        lease, reason, _ = await side.store.acquire(request)
         seconds.append(time.perf_counter() - started)
         if lease is None or len(lease.chunks) < CHUNKS:
             raise RuntimeError(f"chunks are missing: {reason}")

@@ -162,7 +162,7 @@ class EngineSide:
     def acquire(self, context: Context) -> Lease:
         """Raises RuntimeError: not all of the context is there."""
         asked = Acquire(new_id(), self.namespace, tuple(context.chunk_ids), lease_ms=120_000)
-        lease, reason = self.ask(self.store.acquire(asked))
+        lease, reason, _ = self.ask(self.store.acquire(asked))
         if lease is None or len(lease.chunks) < len(context.chunk_ids):
             raise RuntimeError(f"chunks are missing: {reason}")
         return lease

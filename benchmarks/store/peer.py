@@ -436,7 +436,7 @@ def _outcome(ours: EngineSide, context: Context, place: int, source: WorkingKv) 
         if time.monotonic() > deadline:
             raise TimeoutError("the daemon is not back")
         time.sleep(0.02)
-    lease, _ = ours.ask(ours.store.acquire(asked))
+    lease, *_ = ours.ask(ours.store.acquire(asked))
     if lease is None:
         return "missing"
     try:

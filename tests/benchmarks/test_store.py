@@ -99,7 +99,6 @@ def test_contenders_alternate() -> None:
 
 def test_plots(tmp_path: Path) -> None:
     """One picture of the ratios and one for each set of lines."""
-    pytest.importorskip("matplotlib")
     section = Section(
         "made",
         "Made up",
