@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from inference.kernels import NORM_BLOCK, norm_kernel
+from inference.kernels import NORM_BLOCK, norm_kernel, take_threads
 from inference.linear import Weight, is_for_onednn, multiplies
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -30,7 +30,7 @@ _PROBE_SIZE = 0.01  # of the input: so small that what the layer adds to it is n
 # Largest difference of the answers, as a part of their spread: beyond rounding, below what any other layer gives.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
-_FEW = 64  # rows that one thread norms in less time than torch's five operations take to begin
+_ROWS_PER_THREAD = 64  # fewer are done before another thread is awake
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]  # as transformers' AttentionInterface registers them
 
@@ -79,10 +79,10 @@ class RmsNorm:
         self._kernel = norm_kernel(self._weight.itemsize) if is_whole and multiplies(self._weight) else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // len(self._weight)
-        if self._kernel is not None and rows <= _FEW and x.is_contiguous() and x.dtype == self._weight.dtype:
-            out = torch.empty_like(x)
-            sizes = self._weight.itemsize, rows, len(self._weight)
+        if self._kernel is not None and x.is_contiguous() and x.dtype == self._weight.dtype:
+            out, length = torch.empty_like(x), len(self._weight)
+            rows = x.numel() // length
+            sizes = self._weight.itemsize, take_threads(1 + rows // _ROWS_PER_THREAD), rows, length
             self._kernel(*sizes, x.data_ptr(), self._weight.data_ptr(), out.data_ptr(), self._epsilon)
             return out
         exact = x.float()

@@ -1,4 +1,5 @@
-"""What numba compiles for the CPU: attention of decoding jobs (attention/decode.py), RMS norms of few tokens.
+"""What numba compiles for the CPU: attention of decoding jobs (attention/decode.py), the softmax of prompts
+(attention/dense.py), RMS norms.
 
 What stands here is never run as Python. It is all in one file, for that alone is what numba looks at to see whether
 what it kept on disk is still right.
@@ -9,14 +10,18 @@ what it kept on disk is still right.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.core.types import literal
 from numba.extending import intrinsic
 
@@ -27,9 +32,20 @@ _LANES = 16  # of a sum, as wide as vectors get
 _FAST = ("reassoc", "contract", "nsz", "arcp")
 # numba gives these to all there is; a product and a sum in one would round otherwise than torch's, see _turned.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {*_FAST} - {"contract"}}
+# Of e^r for |r| <= ln(2) / 2, the highest power's first: Cephes' polynomial, and one whose error is 4e-5.
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
+_EXP_HALF = (1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 _FLOAT, _HALF, _WORD = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
 Kernel = Callable[..., None]
+
+
+def take_threads(wanted: int) -> int:
+    """How many of the threads that a kernel wants it gets: no more than torch's operators have in this thread."""
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = min(torch.get_num_threads(), most, wanted)
+    numba.set_num_threads(threads)
+    return threads
 
 
 # Each is compiled when it is first asked for on a machine.
@@ -52,7 +68,15 @@ def attention_kernel(dim: int, width: int) -> Kernel:
 def norm_kernel(width: int) -> Kernel:
     """`_norm` of rows of numbers of `width` bytes."""
     number, address = types.int64, types.int64
-    return _compiled(_norm, (literal(width), number, number, address, address, address, types.float32))
+    arguments = (literal(width), number, number, number, address, address, address, types.float32)
+    return _compiled(_norm, arguments, parallel=True)
+
+
+@functools.cache
+def softmax_kernel(width: int) -> Kernel:
+    """`_soften` of numbers of `width` bytes."""
+    number, address = types.int64, types.int64
+    return _compiled(_soften, (literal(width), *[number] * 6, address, address), parallel=True)
 
 
 def _compiled(function: Kernel, arguments: tuple[Any, ...], **options: Any) -> Kernel:
@@ -64,16 +88,64 @@ def _compiled(function: Kernel, arguments: tuple[Any, ...], **options: Any) -> K
     return compiled
 
 
-def _norm(width: int, rows: int, length: int, x: int, weight: int, out: int, epsilon: float) -> None:
+def _norm(width: int, threads: int, rows: int, length: int, x: int, weight: int, out: int, epsilon: float) -> None:
     """Each row of x divided by the root of its mean square, rounded, times weight. length: a multiple of NORM_BLOCK."""
-    for row in range(rows):
-        first = row * length * width
+    if threads == 1:
+        _norm_rows(width, 0, rows, length, x, weight, out, epsilon)
+    else:
+        for thread in prange(threads):
+            first, behind = rows * thread // threads, rows * (thread + 1) // threads
+            _norm_rows(width, first, behind, length, x, weight, out, epsilon)
+
+
+@njit(**_OPTIONS)
+def _norm_rows(width: int, first: int, behind: int, length: int, x: int, weight: int, out: int, epsilon: float) -> None:
+    row_bytes = length * width
+    for row in range(x + first * row_bytes, x + behind * row_bytes, row_bytes):
         total = np.float32(0)
-        for i in range(first, first + length * width, NORM_BLOCK * width):
-            total += _square(NORM_BLOCK, width, x + i)
+        for i in range(0, row_bytes, NORM_BLOCK * width):
+            total += _square(NORM_BLOCK, width, row + i)
         scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(length) + epsilon))
-        for i in range(0, length * width, NORM_BLOCK * width):
-            _scale_by_row(NORM_BLOCK, width, out + first + i, x + first + i, scale, weight + i)
+        for i in range(0, row_bytes, NORM_BLOCK * width):
+            _scale_by_row(NORM_BLOCK, width, out + row - x + i, row + i, scale, weight + i)
+
+
+def _soften(
+    width: int, threads: int, rows: int, length: int, queries: int, seen: int, window: int, scores: int, shares: int
+) -> None:
+    """Scores of rows become weights: e^(score - the row's largest), 0 where a query does not see; not yet divided by
+    their sum, of which the reciprocal is noted.
+
+    scores: address of [rows, length]; shares: of [rows] float32. Row i is of query i % queries; the first one sees
+    the first `seen` columns, each other one more than the one before it, and none more than the last `window` of them.
+    """
+    if threads == 1:
+        for row in range(rows):
+            _soften_row(width, length, seen + row % queries, window, scores + row * length * width, shares + row * 4)
+    else:
+        for thread in prange(threads):
+            for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+                own = scores + row * length * width
+                _soften_row(width, length, seen + row % queries, window, own, shares + row * 4)
+
+
+@njit(**_OPTIONS)
+def _soften_row(width: int, length: int, end: int, window: int, scores: int, share: int) -> None:
+    """Of `length` scores, only those of the last `window` columns before `end` count."""
+    start, whole = max(0, end - window), length // _LANES * _LANES  # what follows is no whole vector
+    first, behind = start // _LANES * _LANES, min((end + _LANES - 1) // _LANES * _LANES, whole)
+    own, count, before, until = scores + first * width, (behind - first) // _LANES, start - first, end - first
+    top = _largest(_LANES, width, own, count, before, until)
+    for i in range(max(start, whole), end):
+        top = max(top, _get_number(width, scores + i * width))
+    _clear_numbers(_LANES, width, scores, first // _LANES)
+    total = _weigh(_LANES, width, own, count, before, until, top)
+    _clear_numbers(_LANES, width, scores + behind * width, (whole - behind) // _LANES)
+    for i in range(whole, length):
+        weight = _exp(_get_number(width, scores + i * width) - top) if start <= i < end else np.float32(0)
+        total += weight
+        _put_number(width, scores + i * width, weight)
+    _put(share, np.float32(1) / total)
 
 
 def _attend(
@@ -355,6 +427,123 @@ def _scale_by_row(typing: Any, length: Any, width: Any, to: Any, row: Any, scale
     return types.void(length, width, types.int64, types.int64, types.float32, types.int64), emit
 
 
+@intrinsic(prefer_literal=True)
+def _get_number(typing: Any, width: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(_load(builder, args[1], 1, width), _WORD(0))
+
+    return types.float32(width, types.int64), emit
+
+
+@intrinsic(prefer_literal=True)
+def _put_number(typing: Any, width: Any, address: Any, number: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _store(builder, args[1], _rounded(builder, _all(builder, args[2], 1), width), width)
+        return context.get_dummy_value()
+
+    return types.void(width, types.int64, types.float32), emit
+
+
+@intrinsic(prefer_literal=True)
+def _clear_numbers(typing: Any, lanes: Any, width: Any, address: Any, count: Any) -> Any:
+    """`count` times `lanes` numbers."""
+    length = lanes.literal_value
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with _each_block(builder, args[2], args[3], length, width) as (address, _):
+            _store(builder, address, ir.Constant(ir.VectorType(_FLOAT, length), None), width)
+        return context.get_dummy_value()
+
+    return types.void(lanes, width, types.int64, types.int64), emit
+
+
+@intrinsic(prefer_literal=True)
+def _largest(typing: Any, lanes: Any, width: Any, address: Any, count: Any, start: Any, end: Any) -> Any:
+    """Of `count` times `lanes` numbers, those before `start` and from `end` on left out."""
+    length = lanes.literal_value
+    nothing = ir.Constant(ir.VectorType(_FLOAT, length), [-math.inf] * length)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = cgutils.alloca_once_value(builder, nothing)
+        with _each_block(builder, args[2], args[3], length, width) as (address, first):
+            is_seen = _between(builder, first, args[4], args[5], length)
+            scores = builder.select(is_seen, _load(builder, address, length, width), nothing)
+            builder.store(_larger(builder, scores, builder.load(found)), found)
+        return _fold(builder, builder.load(found), length, _larger)
+
+    return types.float32(lanes, width, *[types.int64] * 4), emit
+
+
+@intrinsic(prefer_literal=True)
+def _weigh(typing: Any, lanes: Any, width: Any, address: Any, count: Any, start: Any, end: Any, top: Any) -> Any:
+    """Of `count` times `lanes` numbers each becomes e^(number - top), or 0 before `start` and from `end` on. Returns
+    their sum."""
+    length = lanes.literal_value
+    nothing = ir.Constant(ir.VectorType(_FLOAT, length), None)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = cgutils.alloca_once_value(builder, nothing)
+        top = _all(builder, args[6], length)
+        with _each_block(builder, args[2], args[3], length, width) as (address, first):
+            scores = builder.fsub(_load(builder, address, length, width), top)
+            is_seen = _between(builder, first, args[4], args[5], length)
+            weights = builder.select(is_seen, _exponential(builder, scores, width), nothing)
+            builder.store(builder.fadd(builder.load(found), weights, flags=_FAST), found)
+            _store(builder, address, _nearly_rounded(builder, weights, width), width)
+        return _total(builder, builder.load(found), length)
+
+    return types.float32(lanes, width, *[types.int64] * 4, types.float32), emit
+
+
+@contextlib.contextmanager
+def _each_block(builder: Any, address: Any, count: Any, length: int, width: Any) -> Iterator[tuple[Any, Any]]:
+    """A loop over `count` blocks of `length` numbers: each one's address, and the index of its first number."""
+    with cgutils.for_range(builder, count) as loop:
+        first = builder.mul(loop.index, ir.Constant(loop.index.type, length))
+        bytes_before = builder.mul(first, ir.Constant(first.type, width.literal_value))
+        yield builder.add(address, bytes_before), first
+
+
+def _between(builder: Any, first: Any, start: Any, end: Any, length: int) -> Any:
+    """For each lane, of which the first has index `first`, whether its index is in start..end-1."""
+    words = ir.VectorType(_WORD, length)
+    lanes = ir.Constant(words, [*range(length)])
+    start, end = (_all(builder, builder.trunc(builder.sub(border, first), _WORD), length) for border in (start, end))
+    return builder.and_(builder.icmp_signed(">=", lanes, start), builder.icmp_signed("<", lanes, end))
+
+
+def _exponential(builder: Any, row: Any, width: Any) -> Any:
+    """e^x for x <= 0, as `_exp`; where the result is a bfloat16, by a polynomial that is enough for that."""
+    count = row.type.count
+    floats, words = row.type, ir.VectorType(_WORD, count)
+
+    def constant(number: float) -> Any:
+        return ir.Constant(floats, [float(np.float32(number))] * count)
+
+    least = constant(-87)
+    row = builder.select(builder.fcmp_ordered("<", row, least), least, row)
+    turns = builder.fadd(builder.fmul(row, constant(1 / math.log(2)), flags=_FAST), constant(-0.5), flags=_FAST)
+    power = builder.fptosi(turns, words)
+    n = builder.sitofp(power, floats)
+    r = builder.fadd(row, builder.fmul(n, constant(-0.693359375), flags=_FAST), flags=_FAST)
+    r = builder.fadd(r, builder.fmul(n, constant(2.12194440e-4), flags=_FAST), flags=_FAST)
+    factors = _EXP if width.literal_value == 4 else _EXP_HALF
+    p = constant(factors[0])
+    for factor in factors[1:]:
+        p = builder.fadd(builder.fmul(p, r, flags=_FAST), constant(factor), flags=_FAST)
+    bits = builder.shl(builder.add(power, ir.Constant(words, [127] * count)), ir.Constant(words, [23] * count))
+    return builder.fmul(p, builder.bitcast(bits, floats))
+
+
+def _nearly_rounded(builder: Any, row: Any, width: Any) -> Any:
+    """Numbers that are not negative, as `_rounded`, but halfway to the larger one: a third of the operations."""
+    if width.literal_value == 4:
+        return row
+    words = ir.VectorType(_WORD, row.type.count)
+    half = ir.Constant(words, [0x8000] * row.type.count)
+    return builder.bitcast(builder.add(builder.bitcast(row, words), half), row.type)
+
+
 def _turned(builder: Any, addresses: Any, length: int, width: Any) -> Any:
     """A head rotated: source * cos + source with its halves exchanged * sin, each rounded as torch does it."""
     source, cos, sin = (_load(builder, address, length, width) for address in addresses)
@@ -399,24 +588,30 @@ def _store(builder: Any, address: Any, row: Any, width: Any = None) -> None:
 
 def _total(builder: Any, row: Any, length: int) -> Any:
     """The sum of its numbers."""
+    return _fold(builder, row, length, lambda builder, a, b: builder.fadd(a, b, flags=_FAST))
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _fold(builder: Any, row: Any, length: int, of: Callable[[Any, Any, Any], Any]) -> Any:
+    """A row's numbers put together by twos."""
     lanes = math.gcd(length, _LANES)
     parts = [_part(builder, row, start, lanes) for start in range(0, length, lanes)]
     while len(parts) > 1:
-        parts = [_sum(builder, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        parts = [pair[0] if len(pair) == 1 else of(builder, *pair) for pair in pairs]
     while lanes > 1:
         lanes //= 2
-        parts = [_sum(builder, [_part(builder, parts[0], start, lanes) for start in (0, lanes)])]
+        parts = [of(builder, *(_part(builder, parts[0], start, lanes) for start in (0, lanes)))]
     return builder.extract_element(parts[0], _WORD(0))
 
 
 def _all(builder: Any, number: Any, length: int) -> Any:
-    one = builder.insert_element(ir.Constant(ir.VectorType(_FLOAT, length), ir.Undefined), number, _WORD(0))
+    one = builder.insert_element(ir.Constant(ir.VectorType(number.type, length), ir.Undefined), number, _WORD(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_WORD, length), [0] * length))
 
 
 def _part(builder: Any, row: Any, start: int, lanes: int) -> Any:
     return builder.shuffle_vector(row, row, ir.Constant(ir.VectorType(_WORD, lanes), [*range(start, start + lanes)]))
-
-
-def _sum(builder: Any, parts: Sequence[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else builder.fadd(parts[0], parts[1], flags=_FAST)

@@ -1,7 +1,8 @@
 """Write-behind: committed chunks go to SSD, oldest first, and the SSD tier stays within its cap.
 
-Chunks are written some at a time. Beside a model that has all cores, what a write costs is waking up for it, in two
-processes and several threads; so the first one waits a moment for others, unless there are many or we stop.
+Beside a model that has all cores a write costs the computing, mostly by waking up two processes and several threads.
+So chunks wait for others to be written with, and for the prompt that they are part of to be computed: until none has
+come for a moment, unless there are many, or some have waited long, or we stop.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from protocol.errors import CachedAttentionError, CapacityError, PeerError
 log = get_logger(__name__)
 
 _IN_FLIGHT = 4
-_GATHER_S = 0.2  # the first chunk waits so long for others
-_GATHER_SHARE = 1 / 16  # of the slots: so many chunks wait no longer, for what is not on SSD holds its slot
+_QUIET_S = 0.2  # chunks wait until no other has come for so long
+_GATHER_S = 2.0  # and the first one no longer than that
+_GATHER_SHARE = 1 / 8  # of the slots: so many chunks wait no longer, for what is not on SSD holds its slot
 _REST_S = 1.0  # chunks that nobody told us of are looked for this often
 _IDLE_S = 0.05
 _SLOW_S = 5.0  # a write that takes longer: the disk is too slow, and DRAM goes on without it
@@ -121,9 +123,10 @@ class WriteBehind:
         index = self._store.index
         while not index.dirty_chunks:
             await self._wait_for_chunks(_REST_S)
-        until_s = time.monotonic() + _GATHER_S
-        while not self._is_pressed and (left_s := until_s - time.monotonic()) > 0:
-            await self._wait_for_chunks(left_s)
+        until_s, dirty = time.monotonic() + _GATHER_S, 0
+        while not self._is_pressed and dirty != index.dirty_chunks and (left_s := until_s - time.monotonic()) > 0:
+            dirty = index.dirty_chunks
+            await self._wait_for_chunks(min(left_s, _QUIET_S))
         self._is_short = False
 
     @property

@@ -3,18 +3,21 @@
     python -m benchmarks.engine [--peers llama,vllm,transformers] [--dtype bfloat16] [--json FILE]
     python -m benchmarks.engine --install llama,vllm
 
-Engines are started one after another, in each round in another order; only one runs at a time. A peer that is not
-installed is said to be so, and the rest runs. Ratios are of medians.
+All engines of a scenario are up, and one plays at a time: a request of a conversation, or a crowd of clients, then the
+next engine the same, when the one before has come to rest. In each round they are started anew, in another order. A
+peer that is not installed is said to be so, and the rest runs. Ratios are of medians.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +26,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.engine import environments, weights
+from benchmarks.engine.load import client
 from benchmarks.engine.report import agreement, figures, results
-from benchmarks.engine.scenarios import Played, Scenario, Sizes, crowd, play, turns
+from benchmarks.engine.scenarios import Played, Scenario, Sizes, crowd, turns, warm_up
 from benchmarks.engine.servers import (
     Dtype,
     LlamaServer,
@@ -35,6 +39,7 @@ from benchmarks.engine.servers import (
     Transformers,
     TransformersBatching,
     Vllm,
+    running,
 )
 from benchmarks.store.figures import Section, table
 from benchmarks.turns import _cpu
@@ -42,9 +47,10 @@ from benchmarks.turns import _cpu
 MIB = 2**20
 PEERS = ("llama", "vllm", "transformers")
 SCENARIOS = ("turns", "scarce", "crowd")
-TINY = Sizes(conversations=2, turns=2, user=40, answer=6, cold=1, clients=(2,), stream=96, prefills=1)
+TINY = Sizes(conversations=2, turns=2, user=40, answer=6, cold=1, clients=(2,), bursts=1, stream=96, prefills=1)
 _PLENTY_BYTES = 512 * MIB  # of KV: more than everything that is said
 _WIDTH = 150  # of tables in a file
+_OVER = object()  # no piece is left
 _SCARCE = 0.6  # of the KV of all conversations
 
 
@@ -70,31 +76,88 @@ def settings(scenario: str, model: Path, dtype: Dtype, cores: int, sizes: Sizes)
     return {"turns": plenty}
 
 
-def measure(
-    scenario: Scenario,
-    kinds: dict[str, type[Server]],
-    setting: Setting,
-    sizes: Sizes,
-    rounds: int,
-    step: Callable[[str], None],
-) -> tuple[dict[str, Played], dict[str, str]]:
-    """What each engine did, and why others did not: a peer that fails is left out, ours must run."""
-    played = {name: Played() for name in kinds}
-    failed: dict[str, str] = {}
-    for number in range(rounds):
-        names = list(kinds)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if name in failed:
-                continue
-            step(name)
-            try:
-                play(scenario, kinds[name], setting, sizes, f"{number}", played[name])
-            except RuntimeError as error:
-                if issubclass(kinds[name], Ours):
-                    raise
-                failed[name] = str(error)
-                del played[name]
-    return played, failed
+@dataclass
+class _Playing:
+    """An engine in a round: up, and some way into the scenario."""
+
+    server: Server
+    pieces: AsyncIterator[None]
+
+
+class Contest:
+    """What each engine does in one scenario. A peer that fails is left out; ours must not."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        kinds: dict[str, type[Server]],
+        setting: Setting,
+        sizes: Sizes,
+        step: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """step: told whose piece begins."""
+        self.played = {name: Played() for name in kinds}
+        self.failed: dict[str, str] = {}  # why, by name
+        self._scenario = scenario
+        self._kinds = kinds
+        self._setting = setting
+        self._sizes = sizes
+        self._step = step
+        self._playing: dict[str, _Playing] = {}
+
+    def run(self, rounds: int) -> None:
+        """Raises RuntimeError: our engine failed."""
+        names = list(self._kinds)
+        for number in range(rounds):
+            shift = number % len(names)
+            asyncio.run(self._round(number, [*names[shift:], *names[:shift]]))
+
+    async def _round(self, number: int, names: list[str]) -> None:
+        """Starts all engines one after another, then lets them play their pieces in turn."""
+        self._playing = {}
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def start(name: str) -> bool:
+                server, start_s = stack.enter_context(running(self._kinds[name], self._setting))
+                http, played = await stack.enter_async_context(client(server.url)), self.played[name]
+                pieces = self._scenario(http, server, self._sizes, f"{number}", played)
+                self._playing[name] = _Playing(server, pieces)
+                played.start_s.append(start_s)
+                await warm_up(http, self._sizes, f"{number}")
+                return True
+
+            left = [name for name in names if name not in self.failed and await self._tried(name, start)]
+            while left:
+                left = [name for name in left if await self._tried(name, self._piece)]
+
+    async def _piece(self, name: str) -> bool:
+        """Whether there may be more."""
+        return await anext(self._playing[name].pieces, _OVER) is not _OVER
+
+    async def _tried(self, name: str, action: Callable[[str], Awaitable[bool]]) -> bool:
+        """Whether the engine plays on after this. It has come to rest then."""
+        self._step(name)
+        plays_on = False
+        try:
+            plays_on = await action(name)
+        except* RuntimeError as errors:
+            if issubclass(self._kinds[name], Ours):
+                raise
+            self.failed[name] = _reason(errors, self._playing.get(name))
+            del self.played[name]
+        if name in self._playing:
+            await self._playing[name].server.rest()
+        return plays_on
+
+
+def _reason(errors: BaseExceptionGroup, playing: _Playing | None) -> str:
+    """Why an engine failed, with the end of its log where it died."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if playing is not None and playing.server.has_died:
+        return f"{playing.server.log()[-3000:]}\n{error}"
+    return str(error)
 
 
 def main(
@@ -132,14 +195,15 @@ def main(
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             with Progress(*columns, console=console, transient=True) as progress:
                 task = progress.add_task(title, total=None)
-                found[title], failed = measure(
+                contest = Contest(
                     crowd if scenario == "crowd" else turns,
                     kinds,
                     setting,
                     sizes,
-                    1 if quick else rounds,
                     lambda name: progress.update(task, description=f"{title}: {name}"),  # noqa: B023
                 )
+                contest.run(1 if quick else rounds)
+            found[title], failed = contest.played, contest.failed
             section.facts |= {f"{title}, {name}": reason for name, reason in failed.items()}
             if agreed := agreement(found[title]):
                 section.facts |= {f"{title}, answers": agreed}

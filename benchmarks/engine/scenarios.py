@@ -1,19 +1,21 @@
-"""What is played on every engine: conversations one after another, in little memory, and many at once."""
+"""What is played on every engine: conversations one after another, in little memory, and many at once.
+
+A scenario is a sequence of pieces, each some seconds long at most. Engines take turns by pieces, so that a slow minute
+of a shared machine falls on all of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
 
-from benchmarks.engine.load import Conversation, Reply, client
-from benchmarks.engine.servers import Server, Setting, running
-
-_PAUSE_S = 0.1  # between two turns of a person who reads nothing
+from benchmarks.engine.load import Conversation, Reply
+from benchmarks.engine.servers import Server
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Sizes:
     answer: int = 32
     cold: int = 3  # prompts as long as the last turn's, all of them new
     clients: tuple[int, ...] = (8, 32)
+    bursts: int = 3  # how often all clients come at once
     stream: int = 96  # of an answer while others come and go
     prefills: int = 6  # long prompts that arrive meanwhile
 
@@ -75,10 +78,18 @@ class Played:
         return found | {"gaps_s": statistics.quantiles(self.gaps_s, n=100) if len(self.gaps_s) > 1 else []}
 
 
-Scenario = Callable[[httpx.AsyncClient, Server, Sizes, str, Played], Awaitable[None]]
+Scenario = Callable[[httpx.AsyncClient, Server, Sizes, str, Played], AsyncIterator[None]]
 
 
-async def turns(http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str, played: Played) -> None:
+async def warm_up(http: httpx.AsyncClient, sizes: Sizes, name: str) -> None:
+    warm = Conversation(http, f"{name} warm-up")
+    for _ in range(2):
+        await warm.say(sizes.user, sizes.answer)
+
+
+async def turns(
+    http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str, played: Played
+) -> AsyncIterator[None]:
     """All conversations in turn, one request at a time, then prompts of the same length that nothing is known of."""
     talks = [Conversation(http, f"{name} conversation {number}") for number in range(sizes.conversations)]
     for turn in range(sizes.turns):
@@ -90,26 +101,31 @@ async def turns(http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str
                 played.cached_ttft_s.append(reply.ttft_s)
                 played.prompt_tokens.append(reply.prompt_tokens)
                 played.cached_tokens.append(reply.cached_tokens)
-            await asyncio.sleep(_PAUSE_S)
+            yield
     played.memory_bytes.append(server.memory_bytes())
     for number in range(sizes.cold):
         reply = await Conversation(http, f"{name} cold {number}").say(sizes.last_prompt - 3, sizes.answer)
         played.cold_ttft_s.append(reply.ttft_s)
-        await asyncio.sleep(_PAUSE_S)
+        yield
 
 
-async def crowd(http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str, played: Played) -> None:
+async def crowd(
+    http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str, played: Played
+) -> AsyncIterator[None]:
     """As many clients as turns may run at once, two turns each; then long answers while long prompts arrive."""
     clients = server.setting.running
 
-    async def talk(number: int) -> list[Reply]:
-        conversation = Conversation(http, f"{name} client {number}")
+    async def talk(client: str) -> list[Reply]:
+        conversation = Conversation(http, client)
         return [await conversation.say(sizes.user, sizes.answer) for _ in range(2)]
 
     clock = asyncio.get_running_loop().time
-    started = clock()
-    replies = [reply for told in await asyncio.gather(*map(talk, range(clients))) for reply in told]
-    played.tokens_per_s.append(sum(reply.answer_tokens for reply in replies) / (clock() - started))
+    for burst in range(sizes.bursts):
+        started = clock()
+        told = await asyncio.gather(*(talk(f"{name} burst {burst} client {number}") for number in range(clients)))
+        tokens = sum(reply.answer_tokens for replies in told for reply in replies)
+        played.tokens_per_s.append(tokens / (clock() - started))
+        yield
 
     # A slot is left for the long prompts: they shall be computed beside the answers, not after them.
     streams = [Conversation(http, f"{name} stream {number}") for number in range(clients - 1)]
@@ -119,22 +135,4 @@ async def crowd(http: httpx.AsyncClient, server: Server, sizes: Sizes, name: str
             await Conversation(http, f"{name} long {number}").say(sizes.last_prompt - 3, 2)
     played.gaps_s += [gap for answer in answers for gap in answer.result().gaps_s]
     played.memory_bytes.append(server.memory_bytes())
-
-
-def play(scenario: Scenario, kind: type[Server], setting: Setting, sizes: Sizes, name: str, played: Played) -> None:
-    """One round of a scenario on one engine, started for it. Raises RuntimeError: it failed."""
-
-    async def on(server: Server) -> None:
-        async with client(server.url) as http:
-            warm = Conversation(http, f"{name} warm-up")
-            for _ in range(2):
-                await warm.say(sizes.user, sizes.answer)
-            await scenario(http, server, sizes, name, played)
-
-    with running(kind, setting) as (server, start_s):
-        played.start_s.append(start_s)
-        try:
-            asyncio.run(on(server))
-        except* RuntimeError as errors:
-            reason = errors.exceptions[0]
-            raise RuntimeError(f"{server.log()[-3000:]}\n{reason}" if server.has_died else str(reason)) from reason
+    yield

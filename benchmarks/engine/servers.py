@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from benchmarks.stack import Stack, free_port
 Dtype = Literal["bfloat16", "float32"]
 _READY_S = 180.0
 _STOPPED_S = 30.0
+_REST_S = 2.0
+_AT_REST_S = 0.1  # with less than a tenth of a core
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,37 @@ class Server(ABC):
             time.sleep(0.05)
         raise RuntimeError(f"{type(self).__name__} is not ready:\n{self.log()[-3000:]}")
 
+    def family(self) -> list[psutil.Process]:
+        """All processes of it that live."""
+        return [p for started in self.processes() for p in (started, *started.children(recursive=True))]
+
     def memory_bytes(self) -> int:
-        """Proportional set size of all processes: each page counts once, shared memory included."""
-        found = [p for started in self.processes() for p in (started, *started.children(recursive=True))]
-        return sum(process.memory_full_info().pss for process in found)
+        """Of all processes, as if no other engine were up: each page counts once, shared memory included.
+
+        Pages of a file are counted where most of them are mapped; other engines may map the same libraries.
+        """
+        private, files = 0, dict[str, int]()
+        for process in self.family():
+            for mapped in process.memory_maps():
+                if mapped.path.startswith("/"):
+                    files[mapped.path] = max(files.get(mapped.path, 0), mapped.rss)
+                else:
+                    private += mapped.pss
+        return private + sum(files.values())
+
+    async def rest(self) -> None:
+        """Wait, for a while at most, until it computes no more: threads that spin, KV that is still being saved."""
+        with contextlib.suppress(psutil.NoSuchProcess):  # it died: found out by who asks it next
+            busy_s = self._cpu_s()
+            for _ in range(round(_REST_S / _AT_REST_S)):
+                await asyncio.sleep(_AT_REST_S)
+                before_s, busy_s = busy_s, self._cpu_s()
+                if busy_s - before_s <= _AT_REST_S / 10:
+                    return
+
+    def _cpu_s(self) -> float:
+        times = [process.cpu_times() for process in self.family()]
+        return sum(each.user + each.system for each in times)
 
 
 class Ours(Server):
@@ -176,7 +206,7 @@ class Program(Server):
         return self._process is not None and self._process.poll() is not None
 
     def stop(self) -> None:
-        family = [p for started in self.processes() for p in (started, *started.children(recursive=True))]
+        family = self.family()
         for process in family[:1]:
             process.terminate()
         _, alive = psutil.wait_procs(family, _STOPPED_S)

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from inference.kernels import BLOCK, attention_kernel
+from inference.kernels import BLOCK, attention_kernel, softmax_kernel, take_threads
 from inference.rotary import HalfTurn
 from inference.working_kv import KvShape, WorkingKv
 
@@ -28,9 +27,10 @@ def takes(shape: KvShape) -> bool:
 
 
 def prepare(shape: KvShape) -> None:
-    """Compile the kernel now: seconds, once on a machine. A step would do it otherwise, and all jobs wait for that."""
+    """Compile the kernels now: seconds, once on a machine. A step would do it otherwise, and all jobs wait for that."""
     if takes(shape):
         attention_kernel(shape.key_dim, shape.dtype.itemsize)
+        softmax_kernel(shape.dtype.itemsize)
 
 
 class Decoding:
@@ -93,10 +93,7 @@ class Decoding:
         """How many are worth waking for that."""
         shape = self.shape
         read = (sum(totals) - sum(firsts)) * shape.token_bytes // shape.layers
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        threads = min(torch.get_num_threads(), most, 1 + read // _BYTES_PER_THREAD)
-        numba.set_num_threads(threads)
-        return threads
+        return take_threads(1 + read // _BYTES_PER_THREAD)
 
 
 def share_out(firsts: Sequence[int], totals: Sequence[int], threads: int) -> tuple[Any, Any]:

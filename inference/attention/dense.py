@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from inference.kernels import softmax_kernel, take_threads
 from inference.linear import multiplies, product
 
 _BLOCK = 128  # queries
 _SCORES = 4 * 1024 * 1024  # so many at a time stay in the CPU's cache
+_SCORES_PER_THREAD = 1 << 16  # softmax of fewer takes no longer than a thread to wake
 
 
 class Masks:
@@ -140,7 +142,6 @@ def _attend_in_blocks(
     group = heads // kv_heads
     query = (query * (dim**-0.5 if scale is None else scale)).view(kv_heads, group, new, dim)
     key, value = key.contiguous(), _columns(value)
-    later = torch.full((_BLOCK, _BLOCK), -torch.inf, dtype=query.dtype).triu_(1)
     out = query.new_empty(new, kv_heads, group, value_dim)
     for start in range(0, new, _BLOCK):
         rows = min(_BLOCK, new - start)
@@ -150,15 +151,24 @@ def _attend_in_blocks(
         for head in range(0, kv_heads, at_once):
             own, these = slice(head, head + at_once), slice(start, start + rows)
             scores = _product(query[own, :, these].reshape(-1, group * rows, dim), key[own, first:seen])
-            by_query = scores.view(-1, group, rows, seen - first)
-            by_query[..., -rows:].add_(later[:rows, :rows])
-            if window is not None:
-                gone = torch.ones(rows, seen - first, dtype=torch.bool).tril_(position - first - window)
-                by_query.masked_fill_(gone, -torch.inf)
-            weights = torch.softmax(scores, -1, out=scores)
-            found = _product(weights, value[own, :, first:seen])
+            shares = _soften(scores, rows, position - first + 1, window)
+            found = _product(scores, value[own, :, first:seen]).mul_(shares.unsqueeze(-1))
             out[these, own] = found.view(-1, group, rows, value_dim).permute(2, 0, 1, 3)
     return out.view(new, heads, value_dim)
+
+
+def _soften(scores: torch.Tensor, queries: int, seen: int, window: int | None) -> torch.Tensor:
+    """Makes scores [heads, n, length] weights in place, not yet divided by their sum, whose reciprocal comes back
+    [heads, n], float32. Row i is of query i % queries; the first one sees `seen` columns, each other one more than the
+    one before it, and none more than the last `window` of them.
+    """
+    heads, n, length = scores.shape
+    width, rows = scores.itemsize, heads * n
+    threads = take_threads(1 + scores.numel() // _SCORES_PER_THREAD)
+    shares = torch.empty(heads, n)
+    sizes = (width, threads, rows, length, queries, seen, length if window is None else window)
+    softmax_kernel(width)(*sizes, scores.data_ptr(), shares.data_ptr())
+    return shares
 
 
 def _columns(value: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.engine import environments
-from benchmarks.engine.__main__ import TINY, measure
+from benchmarks.engine.__main__ import TINY, Contest
 from benchmarks.engine.report import agreement, figures, results
 from benchmarks.engine.scenarios import Played, turns
 from benchmarks.engine.servers import Program, Setting
@@ -93,12 +93,13 @@ class Silent(Program):
 def test_a_peer_that_fails_is_said_to(tmp_path: Path) -> None:
     """One that dies at its start, and one whose answers break off, end nothing but their own row."""
     setting = Setting(tmp_path, "float32", 1, 512, 2**20, 1)
-    played, failed = measure(turns, {"broken": Broken, "silent": Silent}, setting, TINY, 1, lambda name: None)
-    assert played == {}
-    assert "there is no memory" in failed["broken"]
-    assert "the connection broke" in failed["silent"]
+    contest = Contest(turns, {"broken": Broken, "silent": Silent}, setting, TINY)
+    contest.run(1)
+    assert contest.played == {}
+    assert "there is no memory" in contest.failed["broken"]
+    assert "the connection broke" in contest.failed["silent"]
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(results("crowd", played, failed))
+    console.print(results("crowd", contest.played, contest.failed))
     assert "failed: there is no memory" in console.export_text()
 
 

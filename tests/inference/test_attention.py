@@ -51,6 +51,34 @@ def test_every_way_of_computing_is_by_the_definition(
     torch.testing.assert_close(found.double(), _exact(query, keys, values, 0.2, window), atol=tolerance, rtol=tolerance)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_key_shows_to_those_who_see_it(dtype: torch.dtype) -> None:
+    """Queries before it, and those whose window it has left, have their answers; the others' are none."""
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(4, 200, 48), torch.randn(260, 2, 48), torch.randn(260, 2, 48)
+    keys[100, :, 7] = torch.nan  # the query at 40 is the first that sees it, with a window of 50 the one at 89 the last
+    for window, last in ((None, 199), (50, 89)):
+        found = attend(query.to(dtype), keys.to(dtype), values.to(dtype), Masks(), None, window, None)
+        is_broken = found.isnan().flatten(1)
+        assert torch.equal(is_broken.all(1), is_broken.any(1))
+        assert is_broken.any(1).nonzero().flatten().tolist() == list(range(40, last + 1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_the_largest_score_takes_all_where_scores_are_far_apart(dtype: torch.dtype, size: float) -> None:
+    """No exponential overflows, and none that vanishes makes an answer of nothing."""
+    torch.manual_seed(0)
+    query, keys, values = torch.full((2, 64, 16), size), torch.randn(300, 1, 16), torch.randn(300, 1, 16)
+    keys[:, 0] = torch.randperm(300).unsqueeze(1) - 300.0
+    found = attend(query.to(dtype), keys.to(dtype), values.to(dtype), Masks(), None, None, None)
+    for i in range(64):
+        best = keys[: 237 + i, 0, 0].to(dtype).argmax()
+        assert torch.equal(found[i, 0].to(dtype), values[best, 0].to(dtype))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 48), (4, 4, 12), (3, 1, 64), (8, 2, 128)])

@@ -111,7 +111,7 @@ def test_layers_that_treat_late_tokens_differently_are_left_alone() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "length"), [(1, 768), (7, 48), (64, 128), (65, 128), (3, 40)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 768), (7, 48), (64, 128), (65, 128), (513, 128), (3, 40)])
 def test_norms_are_those_of_the_model(rows: int, length: int, dtype: torch.dtype) -> None:
     """Of few rows and of many, of lengths that the kernel takes and that it does not; NaN stays in its row."""
     torch.manual_seed(length)
