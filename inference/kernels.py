@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numba
@@ -32,7 +32,8 @@ _LANES = 16  # of a sum, as wide as vectors get
 _FAST = ("reassoc", "contract", "nsz", "arcp")
 # numba gives these to all there is; a product and a sum in one would round otherwise than torch's, see _turned.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {*_FAST} - {"contract"}}
-# Of e^r for |r| <= ln(2) / 2, the highest power's first: Cephes' polynomial, and one whose error is 4e-5.
+# Of e^r for |r| <= ln(2) / 2, the highest power's first: Cephes' polynomial, to float32's last bits, and one whose
+# error is 4e-5, enough for a bfloat16.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
 _EXP_HALF = (1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 _FLOAT, _HALF, _WORD = ir.FloatType(), ir.IntType(16), ir.IntType(32)
@@ -278,21 +279,6 @@ def _attend_part(
                     _add_scaled(dim, width, found + g * dim * 4, _get(scores + (g * BLOCK + t) * 4), value)
 
 
-@njit(inline="always", **_OPTIONS)
-def _exp(x: float) -> float:
-    """e^x for x <= 0, to float32's last bits: 2^n e^r by Cephes' polynomial, which fits into vectors."""
-    x = max(x, np.float32(-87))
-    n = np.int32(x * np.float32(1 / math.log(2)) - np.float32(0.5))
-    r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1)) * _from_bits(np.int32((n + np.int32(127)) << np.int32(23)))
-
-
 # Numbers and rows of numbers by address. Rows are whole vectors, which the compiler does not make by itself of loops
 # over them. Those of queries and results are float32; those of keys and values have numbers of `width` bytes, where 2
 # are a bfloat16.
@@ -316,11 +302,13 @@ def _put(typing: Any, address: Any, number: Any) -> Any:
 
 
 @intrinsic
-def _from_bits(typing: Any, bits: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _FLOAT)
+def _exp(typing: Any, x: Any) -> Any:
+    """e^x for x <= 0."""
 
-    return types.float32(types.int32), emit
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(_exponential(builder, _all(builder, args[0], 1), _EXP), _WORD(0))
+
+    return types.float32(types.float32), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -480,6 +468,7 @@ def _weigh(typing: Any, lanes: Any, width: Any, address: Any, count: Any, start:
     their sum."""
     length = lanes.literal_value
     nothing = ir.Constant(ir.VectorType(_FLOAT, length), None)
+    factors = _EXP if width.literal_value == 4 else _EXP_HALF
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         found = cgutils.alloca_once_value(builder, nothing)
@@ -487,7 +476,7 @@ def _weigh(typing: Any, lanes: Any, width: Any, address: Any, count: Any, start:
         with _each_block(builder, args[2], args[3], length, width) as (address, first):
             scores = builder.fsub(_load(builder, address, length, width), top)
             is_seen = _between(builder, first, args[4], args[5], length)
-            weights = builder.select(is_seen, _exponential(builder, scores, width), nothing)
+            weights = builder.select(is_seen, _exponential(builder, scores, factors), nothing)
             builder.store(builder.fadd(builder.load(found), weights, flags=_FAST), found)
             _store(builder, address, _nearly_rounded(builder, weights, width), width)
         return _total(builder, builder.load(found), length)
@@ -512,8 +501,8 @@ def _between(builder: Any, first: Any, start: Any, end: Any, length: int) -> Any
     return builder.and_(builder.icmp_signed(">=", lanes, start), builder.icmp_signed("<", lanes, end))
 
 
-def _exponential(builder: Any, row: Any, width: Any) -> Any:
-    """e^x for x <= 0, as `_exp`; where the result is a bfloat16, by a polynomial that is enough for that."""
+def _exponential(builder: Any, row: Any, factors: Sequence[float]) -> Any:
+    """e^x for x <= 0: 2^n e^r, the latter by a polynomial."""
     count = row.type.count
     floats, words = row.type, ir.VectorType(_WORD, count)
 
@@ -527,7 +516,6 @@ def _exponential(builder: Any, row: Any, width: Any) -> Any:
     n = builder.sitofp(power, floats)
     r = builder.fadd(row, builder.fmul(n, constant(-0.693359375), flags=_FAST), flags=_FAST)
     r = builder.fadd(r, builder.fmul(n, constant(2.12194440e-4), flags=_FAST), flags=_FAST)
-    factors = _EXP if width.literal_value == 4 else _EXP_HALF
     p = constant(factors[0])
     for factor in factors[1:]:
         p = builder.fadd(builder.fmul(p, r, flags=_FAST), constant(factor), flags=_FAST)
