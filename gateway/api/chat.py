@@ -18,11 +18,12 @@ from gateway.api.openapi import json_answer, json_body
 from gateway.idempotency import Idempotency
 from gateway.journal.journal import Journal
 from gateway.recognize import as_written, calling_turns
-from gateway.tenants import Tenants
+from gateway.tenants import Tenant, Tenants
 from gateway.turn import Turn, TurnRequest
 from gateway.turns import Turns
 from gateway.workers import Workers
 from protocol.errors import InvalidRequest, ModelNotFound
+from protocol.messages import ChatMessage, ModelInfo
 
 DEFAULT_MODEL = "default"  # stands for whatever is served
 
@@ -45,13 +46,10 @@ def chat_router(
         asked = parse(body)
         model = workers.model
         check_model(asked.model, model.model)
-        if asked.tools and not model.tool_format:
-            raise InvalidRequest("this model's chat template knows no tools", param="tools")
+        check_tools(asked.tools, model)
         tenant = tenant.with_cache_salt(asked.cache_salt or "")
         key = request.headers.get("idempotency-key")
-        messages = asked.chat_messages()
-        if callers := calling_turns(messages):
-            messages = as_written(messages, await journal.answers(tenant.id, callers), model.tool_format)
+        messages = await with_calls_as_written(journal, tenant, asked.chat_messages(), model)
         priority = asked.queue_priority(tenant.limits)
         one = TurnRequest(
             tenant=tenant,
@@ -94,6 +92,21 @@ def several(request: TurnRequest, n: int) -> list[TurnRequest]:
         return [request] * n
     wrapped = [(seed + number + 2**63) % 2**64 - 2**63 for number in range(n)]
     return [replace(request, sampling=replace(request.sampling, seed=other)) for other in wrapped]
+
+
+def check_tools(asked: Sequence[Any] | None, model: ModelInfo) -> None:
+    """Raises InvalidRequest: the model knows none."""
+    if asked and not model.tool_format:
+        raise InvalidRequest("this model's chat template knows no tools", param="tools")
+
+
+async def with_calls_as_written(
+    journal: Journal, tenant: Tenant, messages: tuple[ChatMessage, ...], model: ModelInfo
+) -> tuple[ChatMessage, ...]:
+    """Calls of earlier turns in the model's own words, where the journal has them."""
+    if callers := calling_turns(messages):
+        return as_written(messages, await journal.answers(tenant.id, callers), model.tool_format)
+    return messages
 
 
 def check_model(asked: str, served: str) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gateway.api.answers import REJOIN_S, AnswerStream, begin, respond
 from gateway.api.body import read_body
-from gateway.api.chat import check_model
+from gateway.api.chat import check_model, check_tools, with_calls_as_written
 from gateway.api.errors import JsonResponse, to_json
 from gateway.api.items import Item, input_items, output_items, page
 from gateway.api.lists import Listed
@@ -25,7 +25,6 @@ from gateway.idempotency import Idempotency
 from gateway.journal.conversations import Conversations, History, NotFound
 from gateway.journal.journal import Journal
 from gateway.journal.tables import Turn as JournaledTurn
-from gateway.recognize import as_written, calling_turns
 from gateway.tenants import Tenant, Tenants
 from gateway.turn import Turn, TurnRequest
 from gateway.turns import Turns
@@ -61,14 +60,11 @@ def responses_router(
         asked = parse(body)
         model = workers.model
         check_model(asked.model, model.model)
-        if asked.tools and not model.tool_format:
-            raise InvalidRequest("this model's chat template knows no tools", param="tools")
+        check_tools(asked.tools, model)
         tenant = tenant.with_cache_salt(asked.cache_salt or "")
         key = request.headers.get("idempotency-key")
         repeated = asked.repeated() | {"model": model.model, "tool_format": model.tool_format if asked.tools else ""}
-        new = asked.new_messages()
-        if callers := calling_turns(new):
-            new = as_written(new, await journal.answers(tenant.id, callers), model.tool_format)
+        new = await with_calls_as_written(journal, tenant, asked.new_messages(), model)
         one = await _turn_request(conversations, tenant, asked, new, repeated, arrived_s)
         one = replace(one, rejoin_s=0.0 if key is None else REJOIN_S)
         answers = begin(turns, idempotency, key, b"responses" + body, [one])
