@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from inference.kernels import softmax_kernel, take_threads
-from inference.linear import multiplies, product
+from inference.linear import multiplies, product, widens
 
 _BLOCK = 128  # queries
 _SCORES = 4 * 1024 * 1024  # so many at a time stay in the CPU's cache
@@ -73,6 +73,8 @@ def attend(
     if softcap is not None or sinks is not None:
         return _attend_unfused(query, key, value, masks, scale, window, softcap, sinks)
     if _is_faster_in_blocks(query):
+        if _is_faster_widened(query, total):
+            return _attend_in_blocks(query.float(), key.float(), value.float(), scale, window).to(query.dtype)
         return _attend_in_blocks(query, key, value, scale, window)
     if _is_faster_as_one_product(query, keys):
         return _attend_in_one_product(query, keys, values, masks, scale)
@@ -128,6 +130,10 @@ def _is_faster_in_blocks(query: torch.Tensor) -> bool:
     if not multiplies(query):
         return False
     return new >= 32 if query.dtype == torch.float32 else new > 1
+
+
+def _is_faster_widened(query: torch.Tensor, total: int) -> bool:
+    return query.dtype == torch.bfloat16 and query.shape[1] >= 256 and total >= 1024 and widens()
 
 
 def _attend_in_blocks(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from inference.attention import dense
 from inference.attention.decode import Decoding, share_out, takes
 from inference.attention.dense import Masks, attend
 from inference.rotary import Rotary, RotaryTable
@@ -49,6 +50,21 @@ def test_every_way_of_computing_is_by_the_definition(
     found = attend(query, keys, values, Masks(), 0.2, window, None)
     assert found.shape == (new, heads, dim)
     torch.testing.assert_close(found.double(), _exact(query, keys, values, 0.2, window), atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("window", [None, 900, 1100])
+def test_long_prompts_of_bfloat16_are_computed_in_float32_where_that_is_faster(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded once, at the end."""
+    monkeypatch.setattr(dense, "widens", lambda: True)
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(6, 256, 48, generator=generator).bfloat16()
+    keys, values = (torch.randn(1300, 2, 48, generator=generator).bfloat16() for _ in range(2))
+    found = attend(query, keys, values, Masks(), 0.2, window, None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), _exact(query, keys, values, 0.2, window), atol=1e-5, rtol=2**-8)
 
 
 @torch.inference_mode()

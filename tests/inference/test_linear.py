@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -22,10 +23,16 @@ def _layers(*modules: nn.Module) -> nn.Sequential:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "widened", "tolerance"),
+    [(torch.float32, False, 2e-6), (torch.bfloat16, False, 2e-2), (torch.bfloat16, True, 2e-2)],
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_equal_to_the_stock_layer_to_rounding(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
+def test_equal_to_the_stock_layer_to_rounding(
+    dtype: torch.dtype, widened: bool, tolerance: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For one row, a few and many; and the weight can still be looked at, to the bit."""
+    monkeypatch.setattr(linear, "widens", lambda: widened)
     stock = nn.Linear(96, 200, bias=bias).to(dtype)
     exact = copy.deepcopy(stock).double()
     weight = stock.weight.clone()
@@ -36,6 +43,48 @@ def test_equal_to_the_stock_layer_to_rounding(dtype: torch.dtype, tolerance: flo
     for shape in ((1, 1, 96), (7, 96), (1, 300, 96), (0, 96)):
         x = torch.randn(shape).to(dtype)
         torch.testing.assert_close(model(x).double(), exact(x.double()), atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [143, 144])
+def test_many_rows_of_bfloat16_are_multiplied_in_float32_where_that_is_faster(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several weights side by side, and each end of a product: rounded once, from what float32 gives."""
+    stock = _layers(nn.Linear(96, 72), nn.Linear(96, 56)).bfloat16()
+    weight, bias = (torch.cat([getattr(layer, name).float() for layer in stock]) for name in ("weight", "bias"))
+    x, other = torch.randn(rows, 96).bfloat16(), torch.randn(rows, 128).bfloat16()
+    exact = nn.functional.linear(x.float(), weight, bias)
+    monkeypatch.setattr(linear, "widens", lambda: True)
+    given: list[torch.dtype] = []
+    multiply = linear.product
+    monkeypatch.setattr(linear, "product", lambda x, *rest: (given.append(x.dtype), multiply(x, *rest))[1])
+    ours = linear.Weight(*stock)
+    for found, expected in (
+        (ours.product(x), exact),
+        (ours.product(x, "swish"), nn.functional.silu(exact)),
+        (ours.product_with("add", other, x), exact + other),
+        (ours.product_with("mul", other, x), exact * other),
+    ):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=2**-8)
+    assert given == 2 * [torch.float32 if rows >= 144 else torch.bfloat16]
+
+
+@pytest.mark.parametrize(("wide_s", "plain_s", "widens"), [(0.6, 1.0, True), (0.9, 1.0, False), (2.0, 1.0, False)])
+def test_what_is_faster_is_measured(
+    wide_s: float, plain_s: float, widens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter((wide_s, plain_s))
+    called: list[torch.Tensor] = []
+
+    def shortest_s(call: Callable[[], torch.Tensor]) -> float:
+        called.append(call())
+        return next(seconds)
+
+    monkeypatch.setattr(linear, "_shortest_s", shortest_s)
+    assert linear.widens.__wrapped__() is widens
+    assert called[0].dtype == called[1].dtype == torch.bfloat16
 
 
 def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
