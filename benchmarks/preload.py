@@ -47,6 +47,7 @@ _TOKEN_BYTES = _LAYERS * 2 * 4 * 64 * 4  # of its KV in float32
 _DECODE_STEPS = 20
 _PROMPTS = (1024, 1216, 1408, 1600)
 _BEFORE_TOKENS = 2000  # of the turn that is computed while the measured one waits
+_CALIBRATING = 4  # turns of each prompt: were the machine slower then than later, saving would take a larger share
 _WARM = 2  # turns of each way that are not counted: the rates are measured in them
 
 
@@ -56,6 +57,7 @@ class Sample:
 
     mode: str
     repeat: int
+    tokens: int  # new ones
     seconds: float  # prefill time behind another turn; for saving, request to done
 
 
@@ -107,7 +109,7 @@ def behind_another(
         for repeat in range(repeats + _WARM):
             for mode, stack in stacks.items():
                 settle(stack, "dram")
-                found.append(Sample(mode, repeat, one_behind_another(stack, begun[mode], new, repeat)))
+                found.append(Sample(mode, repeat, new, one_behind_another(stack, begun[mode], new, repeat)))
     return [sample for sample in found if sample.repeat >= _WARM]
 
 
@@ -144,11 +146,12 @@ def saving(ways: Mapping[str, Mapping[str, Any]], link_bandwidth: int, repeats: 
                 Conversation(stack, f"warm-up {number}").say(_PROMPTS[0], _DECODE_STEPS)
         for repeat in range(repeats):
             for tokens in _PROMPTS:
-                for mode, stack in stacks.items():
+                # Neither is always the one that comes first.
+                for mode, stack in sorted(stacks.items(), reverse=bool(repeat % 2)):
                     conversation = Conversation(stack, f"{repeat} {tokens}")
                     started = time.perf_counter()
                     conversation.say(tokens, _DECODE_STEPS)
-                    found.append(Sample(mode, repeat, time.perf_counter() - started))
+                    found.append(Sample(mode, repeat, tokens, time.perf_counter() - started))
                     settle(stack, "dram")
     return found
 
@@ -158,15 +161,16 @@ def median_s(samples: list[Sample]) -> float:
 
 
 def summarize(samples: list[Sample], ideal_s: Mapping[str, float]) -> dict[str, Any]:
-    """Medians and what they are against the first way's. ideal_s: if all overlaps that can, and nothing else costs."""
+    """Medians, and what turns take against the same turn of the first way, one by one: neither how their lengths differ
+    nor what changes from minute to minute shows in it. ideal_s: if all overlaps that can, and nothing else costs.
+    """
     summary: dict[str, Any] = {}
-    base = None
+    base: dict[tuple[int, int], float] = {}
     for mode, ideal in ideal_s.items():
-        of = [sample for sample in samples if sample.mode == mode]
-        median = median_s(of)
-        base = base or median
-        row = {"median_s": median, "min_s": min(s.seconds for s in of), "max_s": max(s.seconds for s in of)}
-        row |= {"ideal_s": ideal, "change": median / base - 1}
+        of = {(sample.repeat, sample.tokens): sample.seconds for sample in samples if sample.mode == mode}
+        base = base or of
+        row = {"median_s": statistics.median(of.values()), "min_s": min(of.values()), "max_s": max(of.values())}
+        row |= {"ideal_s": ideal, "change": statistics.median(of[turn] / base[turn] for turn in of) - 1}
         if mode in HELD_TO:
             row["held_to"] = HELD_TO[mode]
         summary[mode] = row
@@ -203,13 +207,14 @@ def measure_preloading(history: int, new: int, repeats: int) -> tuple[dict[str, 
 
 
 def measure_saving(repeats: int) -> tuple[dict[str, Any], list[Sample]]:
-    compute_s = median_s(saving({"": {}}, 0, 1))
+    compute_s = median_s(saving({"": {"no_reuse": "true"}}, 0, _CALIBRATING))
     save_s = compute_s * SAVE_SHARE / (1 - SAVE_SHARE)
     bandwidth = int(statistics.median(_PROMPTS) * _TOKEN_BYTES / save_s)
     samples = saving(SAVING, bandwidth, repeats)
-    summary = {"link_bytes_per_s": bandwidth, "compute_s": compute_s, "save_s": save_s, "settings": SAVING}
-    ideal_s = {"synchronous": compute_s + save_s, "asynchronous": compute_s}
-    return summary | {"ways": summarize(samples, ideal_s)}, samples
+    ways = summarize(samples, {"synchronous": compute_s + save_s, "asynchronous": compute_s})
+    share = save_s / ways["synchronous"]["median_s"]  # as it came out
+    summary = {"link_bytes_per_s": bandwidth, "compute_s": compute_s, "save_s": save_s, "save_share": share}
+    return summary | {"settings": SAVING, "ways": ways}, samples
 
 
 def main(
@@ -233,7 +238,8 @@ def main(
         summary["saving"], found = measure_saving(repeats)
         samples += found
         link = summary["saving"]["link_bytes_per_s"]
-        title = f"prompts of 1,024 to 1,600 tokens, {_DECODE_STEPS} decode steps, {link / 1e6:.0f} MB/s"
+        title = f"prompts of 1,024 to 1,600 tokens, {_DECODE_STEPS} decode steps, {link / 1e6:.0f} MB/s, "
+        title += f"saving takes {summary['saving']['save_share']:.1%} of a synchronous turn"
         console.print(tabulate(title, summary["saving"]["ways"]))
     if json_file is not None:
         write_json(json_file, "benchmarks.preload", summary, samples)
