@@ -7,7 +7,8 @@ An 8-billion-parameter Llama shape with random weights made on the device, histo
 - time to the first of 64 new tokens' answer with the history loaded from a pinned arena, layer by layer; the load
   alone; the new tokens alone, their history being there; and all of it computed,
 - the part of the load that ran under computation, and the load's bandwidth against the link's,
-- tokens per second of 1 and 32 decoding jobs against what the device's memory bandwidth allows.
+- tokens per second of 1 and 32 decoding jobs, launched one by one and as CUDA graphs, against what the device's memory
+  bandwidth allows.
 
 No store and no HTTP: the engine's own model, loader and pages. --quick: a tiny shape that runs anywhere in seconds, to
 see that it works; its figures mean nothing.
@@ -33,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from inference.attention.paged import flash_for
 from inference.copies import copies_for, pin
+from inference.decode_graphs import cuda_graphs
 from inference.decoupled import DecoupledModel, Segment
 from inference.memory import free_bytes
 from inference.paged_kv import Pages, context_pages, page_tokens_for
@@ -122,6 +124,7 @@ class Turn:
 class Decoding:
     jobs: int
     history: int  # tokens of each
+    is_recorded: bool  # as CUDA graphs
     step_s: float  # median
     tokens_per_s: float
     limit_tokens_per_s: float  # weights and KV read once a step, at the measured bandwidth
@@ -278,7 +281,12 @@ class Device:
 
     # -- decoding -----------------------------------------------------------------------------------------
 
-    def decoding(self, jobs: int, memory_bytes_per_s: float) -> Decoding:
+    def record_decoding(self) -> bool:
+        """From now on decode steps are CUDA graphs."""
+        longest = self.size.config.max_position_embeddings
+        return self.model.record_decoding(self.pages, longest, self.size.jobs, cuda_graphs(self.device))
+
+    def decoding(self, jobs: int, memory_bytes_per_s: float, *, is_recorded: bool) -> Decoding:
         history, steps = self.size.job_tokens, self.size.decode_steps
         kvs = [new_context(self.pages, history + steps + 1, history, history) for _ in range(jobs)]
         tokens = self.tokens(jobs).split(1)
@@ -289,7 +297,7 @@ class Device:
             self.model.commit(segments)
         step_s = statistics.median(times[steps // 4 :])
         read_bytes = self.weight_bytes + jobs * history * self.shape.token_bytes
-        return Decoding(jobs, history, step_s, jobs / step_s, jobs * memory_bytes_per_s / read_bytes)
+        return Decoding(jobs, history, is_recorded, step_s, jobs / step_s, jobs * memory_bytes_per_s / read_bytes)
 
 
 def main(
@@ -324,7 +332,12 @@ def main(
         }
         console.print_json(data=settings)
         turns = [made.turn(history, repeats) for history in size.histories]
-        decodings = [made.decoding(jobs, settings["memory_bytes_per_s"]) for jobs in size.jobs]
+        decodings = []
+        for is_recorded in (False, True):
+            if not is_recorded or (name == "cuda" and made.record_decoding()):
+                decodings += [
+                    made.decoding(jobs, settings["memory_bytes_per_s"], is_recorded=is_recorded) for jobs in size.jobs
+                ]
     console.print(_turns(turns, settings["link_bytes_per_s"]), _decodings(decodings))
     if json_file is not None:
         found = {
@@ -354,12 +367,13 @@ def _turns(turns: list[Turn], link_bytes_per_s: float) -> Table:
 
 def _decodings(decodings: list[Decoding]) -> Table:
     table = Table(title="decoding")
-    for column in ("jobs", "history", "ms per step", "tokens/s", "of the bandwidth's limit"):
+    for column in ("jobs", "history", "CUDA graph", "ms per step", "tokens/s", "of the bandwidth's limit"):
         table.add_column(column, justify="right")
     for found in decodings:
         table.add_row(
             str(found.jobs),
             f"{found.history:,}",
+            "yes" if found.is_recorded else "no",
             f"{found.step_s * 1e3:.2f}",
             f"{found.tokens_per_s:.0f}",
             f"{found.tokens_per_s / found.limit_tokens_per_s:.0%}",

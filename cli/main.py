@@ -85,7 +85,7 @@ def gateway(settings: Settings, parent: Parent = 0) -> int:
 @app.command()
 @with_settings(
     *("model", "device", "dtype", "max_context", "chunk_tokens", "no_reuse", "working_kv", "paged", "retain"),
-    *("max_running", "step_tokens", "step_stretch", "stream_interval"),
+    *("no_cuda_graphs", "max_running", "step_tokens", "step_stretch", "stream_interval"),
     *("truncation_ratio", "keep_system", "keep_first", "overflow"),
     *("load_or_compute", "no_preload", "read_buffer", "save", "write_buffer", "link_bandwidth"),
     *("metrics_host", "metrics_port_inference", *_LINKS),

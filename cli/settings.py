@@ -107,6 +107,7 @@ class Settings(BaseModel):
         None, description="KV on the device, of running and finished turns; half of the free memory if not given"
     )
     paged: bool = Field(False, description="keep working KV in pages on the CPU, too, as on CUDA; slower, for tests")
+    no_cuda_graphs: bool = Field(False, description="on CUDA, launch the operations of decode steps one by one")
     retain: Size = Field(512 * MIB, description="KV of finished turns kept on the device, as part of --working-kv")
     max_running: int = Field(32, ge=1, description="turns that run at once, if there is memory for them")
     step_tokens: int = Field(512, ge=1, description="most tokens computed in one step")
@@ -277,6 +278,7 @@ class Settings(BaseModel):
             reuse=not self.no_reuse,
             working_kv_bytes=self.working_kv,
             paged=self.paged,
+            cuda_graphs=not self.no_cuda_graphs,
             retain_bytes=self.retain,
             max_running=self.max_running,
             step_tokens=self.step_tokens,

@@ -32,6 +32,7 @@ class InferenceConfig:
     reuse: bool = True
     working_kv_bytes: int | None = None  # of running jobs and finished ones; None: half of what is free
     paged: bool = False  # working KV in pages on the CPU, too, as on CUDA; for tests
+    cuda_graphs: bool = True  # decode steps are recorded at start
     retain_bytes: int = 512 * MIB  # working KV of finished turns kept on the device
     max_running: int = 32  # turns here at once, those that wait for working KV included
     step_tokens: int = 512  # token budget of one step, DESIGN.md section 6

@@ -18,15 +18,23 @@ from transformers import AttentionInterface
 
 from inference.attention.decode import Decoding, takes
 from inference.attention.dense import Masks, attend
-from inference.attention.paged import PagedStep, Part, flash_for
+from inference.attention.paged import PagedStep, Part, flash_for, through_block_table
+from inference.decode_graphs import DecodeGraphs, DecodeStep, Record
 from inference.decoder_layer import replace_decoder_layers
 from inference.linear import replace_linears
-from inference.paged_kv import PagedKv
+from inference.paged_kv import PagedKv, Pages
 from inference.rotary import Rotary, RotaryTable, StepRows
-from inference.working_kv import Kv, WorkingKv
+from inference.working_kv import Kv, OutOfKv, WorkingKv, new_context
+from monitoring.logs import get_logger
 from protocol.errors import InternalError
 
+log = get_logger(__name__)
+
 _names = itertools.count()
+# A recorded step against the same one: how far their logits may be apart, as a part of their spread. Other numbers of
+# jobs have other products; what goes wrong shows as 1.
+_TOLERANCE = 0.1
+_TRIAL_TOKENS = (300, 17, 256)  # of each job's context
 
 
 @dataclass
@@ -82,6 +90,7 @@ class DecoupledModel:
         self.rotary = rotary
         self.device = next(model.parameters()).device
         self._step: _Step | None = None
+        self._recorded: DecodeGraphs | None = None
         replace_decoder_layers(model, self._attention)
         replace_linears(model)
         # A name of its own per instance: the registry of transformers is global, our step is not.
@@ -103,25 +112,88 @@ class DecoupledModel:
             start, end = end, end + len(segment.token_ids)
             segment.kv.ensure(segment.past + end - start)
             bounds.append((start, end))
-        positions = torch.cat([torch.arange(s.past, s.past + len(s.token_ids)) for s in segments]).to(self.device)
-        row = torch.cat([s.token_ids for s in segments]).to(self.device)
-        wanted = torch.arange(end) if all_logits else torch.tensor([b[1] - 1 for b in bounds])
-        self._step = _Step(segments, bounds, self.rotary, positions, Masks(), _paged(segments), _decoding(segments))
+        row = torch.cat([s.token_ids for s in segments])
         try:
-            out = self._model(
-                input_ids=row.unsqueeze(0),
-                # Not for rotation: some models scale queries by them.
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=wanted.to(self.device),
-                return_dict=True,
-            )
-            return out.logits[0].float()
+            if self._recorded is not None and not all_logits and all(map(_is_one_token, segments)):
+                logits = self._recorded.step(row, _parts(segments))
+                if logits is not None:
+                    return logits.to(torch.float32, copy=True)  # the next step overwrites them
+            positions = torch.cat([torch.arange(s.past, s.past + len(s.token_ids)) for s in segments]).to(self.device)
+            wanted = torch.arange(end) if all_logits else torch.tensor([b[1] - 1 for b in bounds])
+            step = _Step(segments, bounds, self.rotary, positions, Masks(), _paged(segments), _decoding(segments))
+            return self._run(step, row.to(self.device), wanted.to(self.device)).float()
         finally:
-            self._step = None
             if self.device.type == "cuda":
                 # Steps are measured; and what they read may be given to others when they are over.
                 torch.cuda.current_stream(self.device).synchronize()
+
+    def _run(self, step: _Step, token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Logits of the wanted tokens.  # token_ids [tokens], wanted [n], int64 -> [n, vocabulary]"""
+        self._step = step
+        try:
+            out = self._model(
+                input_ids=token_ids.unsqueeze(0),
+                # Not for rotation: some models scale queries by them.
+                position_ids=step.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=wanted,
+                return_dict=True,
+            )
+        finally:
+            self._step = None
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def record_decoding(self, pages: Pages, longest: int, sizes: Sequence[int], record: Record) -> bool:
+        """Record decode steps for so many jobs, to take them so from now on. False: they are taken as before.
+
+        longest: tokens of a context. Whether recordings answer as the model does is tried out.
+        """
+        if flash_for(pages.shape) is not through_block_table:
+            return False
+
+        def run(step: DecodeStep) -> torch.Tensor:
+            token_ids, positions = step.tokens
+            return self._run(_Step((), [], self.rotary, positions, Masks(), step.paged, None), token_ids, step.wanted)
+
+        try:
+            recorded = DecodeGraphs(pages, longest, sizes, run, record)
+            difference = self._trial(recorded, pages, min(longest - 2, max(_TRIAL_TOKENS)), max(sizes))
+        except (RuntimeError, InternalError, OutOfKv) as error:  # experts, gathered keys, no memory
+            log.info("decode steps are not recorded", reason=str(error))
+            return False
+        if not difference <= _TOLERANCE:  # also true for NaN
+            log.warning("recorded decode steps give wrong answers here", difference=difference)
+            return False
+        log.info("decode steps are recorded", jobs=sorted(sizes), difference=f"{difference:.1e}")
+        self._recorded = recorded
+        return True
+
+    def _trial(self, recorded: DecodeGraphs, pages: Pages, longest: int, most: int) -> float:
+        """How far `recorded` is from the model over two steps, of one job and of several."""
+        lengths = [min(length, longest) for length in _TRIAL_TOKENS[:most]]
+        by_way = []
+        for way in (None, recorded):
+            self._recorded = None
+            kvs = [new_context(pages, length + 2, 0) for length in lengths]
+            prompts = [Segment(kv, torch.arange(length) % 7) for kv, length in zip(kvs, lengths, strict=True)]
+            self.forward(prompts)
+            self.commit(prompts)
+            self._recorded = way
+            try:
+                answers = []
+                for kvs_of_step in (kvs, kvs[:1]):
+                    segments = [Segment(kv, torch.tensor([index])) for index, kv in enumerate(kvs_of_step)]
+                    answers.append(self.forward(segments))
+                    self.commit(segments)
+            finally:
+                self._recorded = None
+            by_way.append(torch.cat(answers))
+        if recorded.steps < len(answers):
+            raise InternalError("a step was not taken from its recording")
+        stock, found = by_way
+        return float(((found - stock).square().mean(1).sqrt() / stock.std(1).clamp(min=1e-6)).max())
 
     @staticmethod
     def commit(segments: Sequence[Segment]) -> None:
@@ -193,11 +265,18 @@ def _decoding(segments: Sequence[Segment]) -> Decoding | None:
 
 
 def _is_decoding(segment: Segment) -> bool:
-    """One token, and nobody to wait for or to tell."""
-    is_alone = segment.wait_layer is None and segment.layer_done is None
-    return len(segment.token_ids) == 1 and is_alone and isinstance(segment.kv, WorkingKv)
+    return _is_one_token(segment) and isinstance(segment.kv, WorkingKv)
+
+
+def _is_one_token(segment: Segment) -> bool:
+    """And nobody to wait for or to tell."""
+    return len(segment.token_ids) == 1 and segment.wait_layer is None and segment.layer_done is None
+
+
+def _parts(segments: Sequence[Segment]) -> list[Part]:
+    return [Part(s.kv, s.past, len(s.token_ids)) for s in segments if isinstance(s.kv, PagedKv)]
 
 
 def _paged(segments: Sequence[Segment]) -> PagedStep | None:
-    parts = [Part(s.kv, s.past, len(s.token_ids)) for s in segments if isinstance(s.kv, PagedKv)]
+    parts = _parts(segments)
     return PagedStep(parts, flash_for(parts[0].kv.shape)) if parts else None

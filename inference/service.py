@@ -18,6 +18,7 @@ from inference.admission import Admission
 from inference.attention.decode import prepare
 from inference.config import InferenceConfig
 from inference.copies import copies_for, pin
+from inference.decode_graphs import batch_sizes, cuda_graphs
 from inference.engine import Engine, Job
 from inference.load_or_compute import name_of
 from inference.mailbox import Mailbox
@@ -150,8 +151,7 @@ class InferenceService:
             await self.store.start(_STORE_WAIT_S)
         with ThreadPoolExecutor(1) as starting:
             await loop.run_in_executor(starting, self.buffers.warm, self._warm_tokens())
-            if isinstance(self.buffers, Buffers):
-                await loop.run_in_executor(starting, prepare, self.buffers.shape)
+            await loop.run_in_executor(starting, self._prepare_decoding)
 
         def wake_admission() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -224,6 +224,15 @@ class InferenceService:
             await asyncio.wait(self._tasks, timeout=2.0)
         if self.store is not None:
             await self.store.stop()
+
+    def _prepare_decoding(self) -> None:
+        """Compile its kernels, or record its steps, whichever the device has."""
+        model, shape = self.model.checked.model, self.buffers.shape
+        if isinstance(self.buffers, Buffers):
+            prepare(shape)
+        elif isinstance(self.buffers, Pages) and shape.device.type == "cuda" and self.config.cuda_graphs:
+            sizes = batch_sizes(self.config.max_running)
+            model.record_decoding(self.buffers, self.model.max_context, sizes, cuda_graphs(shape.device))
 
     def _warm_tokens(self) -> int:
         return min(self.model.max_context, _SPARE_BUFFER_BYTES // (2 * self.buffers.shape.token_bytes))

@@ -24,6 +24,7 @@ from inference.attention.dense import Masks, attend
 from inference.paged_kv import FLASH_PAGE_TOKENS, PagedKv, Pages, Rows, to_device
 from inference.working_kv import KvShape, new_context
 from monitoring.logs import get_logger
+from protocol.errors import InternalError
 
 log = get_logger(__name__)
 
@@ -49,12 +50,13 @@ class Part:
 class Run:
     """Jobs side by side in the flat row that all have one new token, or all more: FlashAttention's own terms."""
 
-    def __init__(self, parts: Sequence[Part], start: int) -> None:
+    def __init__(self, parts: Sequence[Part], start: int, longest: int | None = None) -> None:
+        """longest: as PagedStep has it."""
         self._parts = parts
         self._device = parts[0].kv.shape.device
         new, total = [part.new for part in parts], [part.total for part in parts]
         self.tokens = slice(start, start + sum(new))  # in the flat row
-        self.longest_new, self.longest = max(new), max(total)
+        self.longest_new, self.longest = max(new), max(total) if longest is None else longest
         ends = np.zeros((3, len(parts) + 1), dtype=np.int32)
         ends[0, 1:], ends[1, 1:], ends[2, 1:] = np.cumsum(new), np.cumsum(total), total
         on_device = torch.from_numpy(ends).to(self._device, non_blocking=True)
@@ -150,11 +152,15 @@ def _window(window: int | None) -> tuple[int, int]:
 class PagedStep:
     """What all layers of one step share: where its new tokens lie, and what they see."""
 
-    def __init__(self, parts: Sequence[Part], flash: Flash | None) -> None:
-        """parts: in the order of the flat row, with room for their new tokens."""
+    def __init__(self, parts: Sequence[Part], flash: Flash | None, longest: int | None = None) -> None:
+        """parts: in the order of the flat row, with room for their new tokens.
+
+        longest: of a step that is recorded, for other parts to be filled in later: the tokens of the longest context.
+        """
         self._parts = parts
         self._pages = parts[0].kv.pages
         self._flash = flash
+        self._longest = longest
         self._masks = Masks()
         self._made: dict[tuple[int, int | None], list[tuple[torch.Tensor, int]]] = {}  # see _tables
         device = self._pages.shape.device
@@ -171,6 +177,22 @@ class PagedStep:
         if kept:
             *raw_rows, tokens = to_device([*np.concatenate(raw_places, 1), np.concatenate(kept)], device)
             self._raw = (slice(None) if len(tokens) == end else tokens), _by_strip(raw_rows, 2)
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Name other parts' places, in the same tensors. As many parts, of one new token each, all with `longest`.
+
+        What is recorded of this step's writing and attention does it for them from then on.
+        """
+        for own, other in zip(self._tensors, PagedStep(parts, self._flash, self._longest)._tensors, strict=True):
+            own.copy_(other, non_blocking=True)
+
+    @functools.cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        """All that the device reads of a step in which each job has one new token and keeps its un-rotated key."""
+        (run,) = self._runs
+        assert self._raw is not None, "un-rotated keys are kept"
+        rows = [index for rows in (self._rows, self._raw[1]) for strip in rows for index in strip]
+        return [*rows, run.new_ends, run.ends, run.totals, run.block_tables]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor) -> None:
         """Store the KV of all new tokens.  # each [tokens, kv_heads, dim]"""
@@ -195,6 +217,8 @@ class PagedStep:
         query [heads, tokens, dim], rotated. Returns [tokens, heads, dim].
         """
         if self._flash is None or softcap is not None or sinks is not None:
+            if self._longest is not None:
+                raise InternalError("attention over gathered keys differs from step to step")
             return self._attend_gathered(layer, query, scale, window, softcap, sinks)
         strip, at = self._pages.places[layer]
         keys, values, rows = self._pages.keys[at], self._pages.values[at], query.transpose(0, 1)
@@ -206,7 +230,7 @@ class PagedStep:
         """Jobs with one new token apart from others: how theirs is computed does not depend on who else is there."""
         runs, start = [], 0
         for _, group in itertools.groupby(self._parts, key=lambda part: part.new == 1):
-            runs.append(Run(list(group), start))
+            runs.append(Run(list(group), start, self._longest))
             start = runs[-1].tokens.stop
         return runs
 

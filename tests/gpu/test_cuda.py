@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.stack import running_stack
 from inference.attention.paged import Flash, PagedStep, Part, flash_for, over_gathered, through_block_table
 from inference.copies import copies_for, pin
+from inference.decode_graphs import cuda_graphs
 from inference.model import load_model
 from inference.paged_kv import PagedKv, Pages
 from inference.preload import Loader, LoadTask
@@ -27,6 +28,7 @@ from inference.working_kv import KvShape, new_context
 from protocol.arena import Arena, Geometry
 from protocol.rpc import RpcClient
 from tests.inference.harness import Conversation, Reference, config_for, make_model, run, service, tokens
+from tests.inference.test_decode_graphs import begin, step
 from tests.inference.test_preload import CHUNK, LAYERS, Bench
 
 pytestmark = [
@@ -132,9 +134,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, history: int) -> None:
     shape = KvShape(LAYERS, 2, 8, 8, torch.float32, CUDA)
     for table in bench.tables:
         table._cos, table._sin = table._cos.to(CUDA), table._sin.to(CUDA)
-        table._whole_cos = table._whole_cos.to(CUDA)
-        low, high = table._halves
-        table._halves, table._scratch = (low.to(CUDA), high.to(CUDA)), table._scratch.to(CUDA)
+        table._whole_cos, table._turning_sin = table._whole_cos.to(CUDA), table._turning_sin.to(CUDA)
+        table._scratch = table._scratch.to(CUDA)
     refs = [bench.chunk(16), bench.chunk(16), bench.chunk(8)]
     assert pin(bench.arena, CUDA)
     kv = new_context(Pages(shape, 256, 8 * 256 * shape.token_bytes), 128, history // CHUNK * CHUNK, history)
@@ -212,6 +213,45 @@ def test_bfloat16_follows_transformers_as_far_as_rounding_lets_it(tmp_path: Path
             logits = stock(torch.tensor([prompt + sampled], device=CUDA)).logits[0]
         best = logits[len(prompt) - 1 : -1].topk(3).indices.tolist()
         assert sum(token in found for token, found in zip(sampled, best, strict=True)) >= len(sampled) - 1
+
+    run(test())
+
+
+@pytest.mark.skipif(not HAS_BLOCK_TABLE, reason="torch is too old")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+def test_recorded_decode_steps_are_the_same_steps(family: str, tmp_path: Path) -> None:
+    """CUDA graphs against the operations one by one: contexts grow over pages, as many jobs as recorded, or fewer."""
+    directory = make_model(tmp_path / "model", family, max_context=1024)
+    checked = load_model(config_for(directory, tmp_path / "run", device="cuda", dtype="bfloat16")).checked
+    model, pages = checked.model, Pages(checked.shape, 256, 400 * 256 * checked.shape.token_bytes)
+    lengths = (255, 17, 600)
+    ways = [begin(model, pages, lengths) for _ in range(2)]
+    assert model.record_decoding(pages, 1024, (1, 2, 4), cuda_graphs(CUDA))
+    recordings = model._recorded
+    assert recordings is not None
+    before = recordings.steps
+    rounds: list[tuple[int, ...]] = [(0, 1, 2), (0, 1), (2,), (1, 2), (0, 1, 2)]
+    for number, jobs in enumerate(rounds):
+        tokens = [torch.tensor([7 * number + job]) for job in jobs]
+        model._recorded = None
+        expected = step(model, [ways[0][job] for job in jobs], tokens)
+        model._recorded = recordings
+        found = step(model, [ways[1][job] for job in jobs], tokens)
+        apart = (found - expected).square().mean(1).sqrt() / expected.std(1)
+        assert float(apart.max()) < 0.1
+    assert recordings.steps - before == len(rounds)
+
+
+def test_the_engine_decodes_by_recordings(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", "llama", max_context=1024, end_token=259)
+
+    async def test() -> None:
+        config = config_for(directory, tmp_path / "run", device="cuda", dtype="bfloat16")
+        async with service(config) as (running, client):
+            done = await Conversation(client, running.model).say("Tell me of the sea. ", max_tokens=40)
+            recordings = running.model.checked.model._recorded
+            assert (recordings is not None) is HAS_BLOCK_TABLE
+            assert recordings is None or recordings.steps >= len(tokens(done.tokens)) - 1
 
     run(test())
 
