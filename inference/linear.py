@@ -19,6 +19,10 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from monitoring.logs import get_logger
+
+log = get_logger(__name__)
+
 # The order that oneDNN chooses depends on how many rows it is told to expect. What it chooses for so many is as good
 # as any for one row and for thousands; what it chooses for one row is half as fast for eight.
 _ROWS = 64
@@ -126,7 +130,10 @@ def widens() -> bool:
     x, plain = (torch.zeros(n, size, dtype=torch.bfloat16) for n in (rows, size))
     weight = torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
     wide_s = _shortest_s(lambda: product(x.float(), weight.to_dense(dtype=torch.float32)).to(x.dtype))
-    return wide_s <= _WIDE_GAIN * _shortest_s(lambda: product(x, weight))
+    as_it_is_s = _shortest_s(lambda: product(x, weight))
+    is_faster = wide_s <= _WIDE_GAIN * as_it_is_s
+    log.info("products of many rows", computed_in="float32" if is_faster else "bfloat16", widened=wide_s / as_it_is_s)
+    return is_faster
 
 
 def _shortest_s(call: Callable[[], object], times: int = 6) -> float:
