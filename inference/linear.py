@@ -11,6 +11,7 @@ rows: bfloat16's products are exact in float32, and are summed in it either way.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -111,6 +112,21 @@ def replace_linears(model: nn.Module) -> None:
     for parent, name in homes:
         linear = getattr(parent, name)
         setattr(parent, name, OneDnnLinear(linear, keep_order=owners[id(linear.weight)] > 1))
+
+
+@torch.no_grad()
+def take_out_of_files(model: nn.Module) -> None:
+    """Give memory of its own to all that `replace_linears` will not reorder.
+
+    Weights in the format that they are served in are loaded as views of mapped files. As long as one of them is, all
+    of the file stays mapped, and in memory, beside the reordered weights.
+    """
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    linears = [module for module in model.modules() if is_for_onednn(module)]
+    reordered = {id(linear.weight) for linear in linears if owners[id(linear.weight)] == 1}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if id(tensor) not in reordered and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def is_for_onednn(module: nn.Module) -> TypeGuard[nn.Linear]:

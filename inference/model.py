@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from inference.config import InferenceConfig
 from inference.embedded import MODEL
+from inference.linear import take_out_of_files
 from inference.selfcheck import CheckedModel, take_over
 from inference.tools import ToolFormat, tool_format
 from inference.vocabulary import Vocabulary
@@ -72,6 +73,7 @@ def load_model(config: InferenceConfig) -> LoadedModel:
     if not tokenizer.chat_template:
         raise UnsupportedModel(f"the tokenizer in {directory} has no chat template", param="model")
     model.eval().to(device)
+    take_out_of_files(model)
     vocabulary_size = hf_config.get_text_config().vocab_size
     checked = take_over(model, vocabulary_size, max_context, paged=config.paged or device.type == "cuda")
     eos_ids = _eos_ids(model, tokenizer)

@@ -6,14 +6,18 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from inference import linear
 from inference.linear import OneDnnLinear, multiplies, replace_linears
+from inference.model import load_model
+from tests.inference.harness import config_for, make_model
 
 pytestmark = pytest.mark.skipif(not multiplies(torch.empty(0)), reason="torch without oneDNN")
 
@@ -106,6 +110,20 @@ def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain == list(range(count, 0, -1))
     assert all(weight() is None for weight in weights)
     assert process.memory_info().rss - before < 2 * size_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_file_of_weights_stays_mapped(dtype: str, tied: bool, tmp_path: Path) -> None:
+    """Nor in memory, then: weights that are served as they are saved were there twice."""
+    directory = make_model(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    if dtype != "float32":
+        AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).save_pretrained(directory)
+    weights = str(directory / "model.safetensors")
+    loaded = load_model(config_for(directory, tmp_path / "run", dtype=dtype))
+    assert loaded.checked.shape.dtype is getattr(torch, dtype)
+    gc.collect()
+    assert all(mapped.path != weights for mapped in psutil.Process().memory_maps())
 
 
 def test_a_weight_that_others_read_stays_where_it_is() -> None:
