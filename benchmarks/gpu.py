@@ -332,12 +332,10 @@ def main(
         }
         console.print_json(data=settings)
         turns = [made.turn(history, repeats) for history in size.histories]
-        decodings = []
-        for is_recorded in (False, True):
-            if not is_recorded or (name == "cuda" and made.record_decoding()):
-                decodings += [
-                    made.decoding(jobs, settings["memory_bytes_per_s"], is_recorded=is_recorded) for jobs in size.jobs
-                ]
+        rate = settings["memory_bytes_per_s"]
+        decodings = [made.decoding(jobs, rate, is_recorded=False) for jobs in size.jobs]
+        if name == "cuda" and made.record_decoding():
+            decodings += [made.decoding(jobs, rate, is_recorded=True) for jobs in size.jobs]
     console.print(_turns(turns, settings["link_bytes_per_s"]), _decodings(decodings))
     if json_file is not None:
         found = {

@@ -105,7 +105,7 @@ def product(
 def replace_linears(model: nn.Module) -> None:
     """Replace every linear layer of `model` that oneDNN takes. Other modules and devices are left alone."""
     # Nothing here may hold on to a layer: its weight is to go before the next one is reordered.
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    owners = _owners(model)
     homes = [
         (parent, name) for parent in model.modules() for name, child in parent.named_children() if is_for_onednn(child)
     ]
@@ -121,12 +121,17 @@ def take_out_of_files(model: nn.Module) -> None:
     Weights in the format that they are served in are loaded as views of mapped files. As long as one of them is, all
     of the file stays mapped, and in memory, beside the reordered weights.
     """
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    owners = _owners(model)
     linears = [module for module in model.modules() if is_for_onednn(module)]
     reordered = {id(linear.weight) for linear in linears if owners[id(linear.weight)] == 1}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if id(tensor) not in reordered and tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules have each parameter, by id: tied ones have several."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
 
 
 def is_for_onednn(module: nn.Module) -> TypeGuard[nn.Linear]:
